@@ -1,0 +1,91 @@
+"""Every error a user can meet, as one tree.
+
+::
+
+    GkdError                      exit code 1
+      ConfigError (ValueError)    2   the configuration is wrong; nothing was started
+      DataError                   3   what was read is wrong
+        GraphError                    a data set or a graph part
+        ModelError                    a model folder, a checkpoint, a layer that is not there
+        ManifestError                 a manifest: newer schema, incomplete, of another graph
+        ShardError                    a stored object: missing, truncated, flipped byte
+      InfrastructureError         4   machines, network, storage; a launcher may try again
+        StorageError                  an object store, after retries
+          ObjectNotFoundError         one key that is not there
+        OwnershipError                another driver holds the run
+        TeacherError                  inference actors
+        StudentError                  training workers
+          NonFiniteLossError          a loss that is NaN or infinite
+
+A message has four parts where they apply: what, what was found, what was expected, and the next
+action, which always ends it. Classes keep a single positional argument, so that they survive
+pickling on their way between processes.
+"""
+
+from __future__ import annotations
+
+
+class GkdError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is the exit status of ``gkd``."""
+
+    exit_code = 1
+
+
+class ConfigError(GkdError, ValueError):
+    """The configuration is wrong. Raised before a process or a device is taken."""
+
+    exit_code = 2
+
+
+class DataError(GkdError):
+    """Something that was read is not what it has to be."""
+
+    exit_code = 3
+
+
+class GraphError(DataError):
+    """A data set, a graph or a graph part is unusable."""
+
+
+class ModelError(DataError):
+    """A model folder, a checkpoint or a layer is missing or does not fit."""
+
+
+class ManifestError(DataError):
+    """A manifest is missing, incomplete, of a newer schema or of something else."""
+
+
+class ShardError(DataError):
+    """A stored object is missing, truncated or altered."""
+
+
+class InfrastructureError(GkdError):
+    """Machines, network or storage failed; the same command may succeed later."""
+
+    exit_code = 4
+
+
+class StorageError(InfrastructureError):
+    """An object store could not be used."""
+
+
+class ObjectNotFoundError(StorageError):
+    """A key is not in the store."""
+
+
+class OwnershipError(InfrastructureError):
+    """Another driver owns the run."""
+
+
+class TeacherError(InfrastructureError):
+    """Inference actors could not finish."""
+
+
+class StudentError(InfrastructureError):
+    """Training workers could not finish."""
+
+
+class NonFiniteLossError(StudentError):
+    """A loss became NaN or infinite; training stopped before the optimizer saw it."""
+
+    exit_code = 3

@@ -1,0 +1,237 @@
+"""The graph, a local piece of it, and one training batch: fields, shapes and their invariants.
+
+Shapes: ``N`` nodes and ``E`` edges of the whole graph; ``n`` nodes and ``m`` edges of a local graph;
+``f`` features; ``c`` classes (or binary labels). Row 0 of ``edge_index`` is the source, row 1 the
+target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gkd_dist.sparse import CsrPattern, indptr_from_counts, spmm
+
+Task = Literal["multiclass", "multilabel"]
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole graph in memory, as data sources deliver it.
+
+    ``x`` float32 [N, f]; ``edge_index`` int64 [2, E]; ``y`` int64 [N] with -1 for unlabelled
+    nodes (multiclass) or float32 [N, c] with NaN rows for unlabelled nodes (multilabel); masks
+    bool [N]; ``edge_weight`` float32 [E] or None.
+    """
+
+    x: Tensor
+    edge_index: Tensor
+    y: Tensor
+    train_mask: Tensor
+    val_mask: Tensor
+    test_mask: Tensor
+    num_classes: int
+    task: Task = "multiclass"
+    edge_weight: Tensor | None = None
+    name: str = "graph"
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return self.x.size(0)
+
+    @property
+    def num_edges(self) -> int:
+        """E, directed edges."""
+        return self.edge_index.size(1)
+
+    @property
+    def num_features(self) -> int:
+        """f."""
+        return self.x.size(1)
+
+
+@dataclass(frozen=True)
+class WeightedPattern:
+    """A fixed sparse matrix: structure and values [m], and a diagonal [n] or None added to it."""
+
+    pattern: CsrPattern
+    values: Tensor
+    diagonal: Tensor | None = None
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """(matrix + diagonal) times ``x`` [n, d]; differentiable in ``x``."""
+        out = spmm(self.pattern, self.values, x)
+        return out if self.diagonal is None else out + self.diagonal.unsqueeze(1).to(x.dtype) * x
+
+
+@dataclass
+class LocalGraph:
+    """In-edges of a set of nodes as CSR by target, with what exact convolutions need.
+
+    ``pattern`` holds n nodes and m edges, edges of a target sorted by source. ``in_degree``
+    float32 [n] is the (weighted, where there are weights) in-degree in the *whole* graph, which
+    the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
+    float32 [m] or None.
+    """
+
+    pattern: CsrPattern
+    in_degree: Tensor
+    has_self_loop: Tensor
+    edge_weight: Tensor | None = None
+    _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_edge_index(cls, edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None = None) -> LocalGraph:
+        """A whole graph; ``edge_index`` int64 [2, m] in any order."""
+        order = torch.argsort(edge_index[1] * num_nodes + edge_index[0], stable=True)
+        source, target = edge_index[0][order], edge_index[1][order]
+        weight = None if edge_weight is None else edge_weight[order].float()
+        counts = torch.bincount(target, minlength=num_nodes)
+        degree = counts.float()
+        if weight is not None:
+            degree = torch.zeros(num_nodes, device=weight.device).index_add_(0, target, weight)
+        loops = torch.zeros(num_nodes, dtype=torch.bool, device=source.device)
+        loops[target[source == target]] = True
+        return cls(CsrPattern.from_csr(indptr_from_counts(counts), source), degree, loops, weight)
+
+    @property
+    def num_nodes(self) -> int:
+        """n."""
+        return self.pattern.num_rows
+
+    @property
+    def num_edges(self) -> int:
+        """m."""
+        return self.pattern.nnz
+
+    @property
+    def edge_index(self) -> Tensor:
+        """Edges as int64 [2, m], sorted by (target, source)."""
+        return torch.stack([self.pattern.indices, self.pattern.rows()])
+
+    def _values(self) -> Tensor:
+        if self.edge_weight is not None:
+            return self.edge_weight
+        return torch.ones(self.num_edges, device=self.in_degree.device)
+
+    def sum_matrix(self) -> WeightedPattern:
+        """Sum over in-neighbours (GIN)."""
+        return self._once("sum", lambda: WeightedPattern(self.pattern, self._values()))
+
+    def mean_matrix(self) -> WeightedPattern:
+        """Mean over in-neighbours, zero where there are none (GraphSAGE; edge weights not used)."""
+
+        def build() -> WeightedPattern:
+            counts = (self.pattern.indptr[1:] - self.pattern.indptr[:-1]).clamp_min(1).float()
+            return WeightedPattern(self.pattern, counts.reciprocal()[self.pattern.rows()])
+
+        return self._once("mean", build)
+
+    def gcn_matrix(self) -> WeightedPattern:
+        """Symmetrically normalised adjacency with self-loops (Kipf and Welling 2017).
+
+        Existing self-loops keep their weight, others get weight 1; degrees are those of the
+        whole graph.
+        """
+
+        def build() -> WeightedPattern:
+            missing = (~self.has_self_loop).float()
+            degree = self.in_degree + missing
+            scale = torch.where(degree > 0, degree.clamp_min(1e-38).rsqrt(), torch.zeros_like(degree))
+            values = self._values() * scale[self.pattern.rows()] * scale[self.pattern.indices]
+            return WeightedPattern(self.pattern, values, missing * scale * scale)
+
+        return self._once("gcn", build)
+
+    def loop_pattern(self) -> CsrPattern:
+        """Structure with exactly one self-loop at every node (GAT)."""
+
+        def build() -> CsrPattern:
+            rows, cols = self.pattern.rows(), self.pattern.indices
+            keep = rows != cols
+            nodes = torch.arange(self.num_nodes, device=rows.device)
+            rows, cols = torch.cat([rows[keep], nodes]), torch.cat([cols[keep], nodes])
+            order = torch.argsort(rows * max(1, self.num_nodes) + cols)
+            counts = torch.bincount(rows, minlength=self.num_nodes)
+            return CsrPattern.from_csr(indptr_from_counts(counts), cols[order])
+
+        return self._once("loops", build)
+
+    def _once(self, name: str, build):  # type: ignore[no-untyped-def]
+        if name not in self._cache:
+            self._cache[name] = build()
+        return self._cache[name]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> LocalGraph:
+        """The same graph on ``device``."""
+        if self.in_degree.device == torch.device(device):
+            return self
+        return LocalGraph(
+            self.pattern.to(device, non_blocking),
+            self.in_degree.to(device, non_blocking=non_blocking),
+            self.has_self_loop.to(device, non_blocking=non_blocking),
+            None if self.edge_weight is None else self.edge_weight.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One unit: a training subgraph with what the teacher knows about it.
+
+    Owned nodes come first. ``graph`` has n nodes; all in-edges of owned nodes are its first
+    ``num_owned_edges`` edges. ``x`` [n, f]; ``y`` and the masks cover the owned nodes only.
+    ``teacher_logits`` float32 [num_owned, c]; ``teacher_scores[(layer, metric)]`` float32
+    [num_owned_edges], raw scores of the owned in-edges in the order of ``graph``.
+    An empty batch (``num_owned == 0``, no nodes) is what a rank without work runs.
+    """
+
+    unit: int
+    graph: LocalGraph
+    x: Tensor
+    y: Tensor
+    train_mask: Tensor
+    val_mask: Tensor
+    test_mask: Tensor
+    n_id: Tensor
+    num_owned: int
+    teacher_logits: Tensor | None = None
+    teacher_scores: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    @property
+    def num_owned_edges(self) -> int:
+        """Number of in-edges of owned nodes."""
+        return int(self.graph.pattern.indptr[self.num_owned])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, for memory budgets."""
+        pattern = self.graph.pattern
+        tensors = [self.x, self.y, self.train_mask, self.val_mask, self.test_mask, self.n_id, self.graph.in_degree]
+        tensors += [pattern.indptr, pattern.indices, pattern.t_indptr, pattern.t_indices, pattern.t_perm]
+        tensors += [t for t in (self.teacher_logits, *self.teacher_scores.values()) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def mask(self, split: str) -> Tensor:
+        """Mask of ``train``, ``val`` or ``test`` over the owned nodes."""
+        return {"train": self.train_mask, "val": self.val_mask, "test": self.test_mask}[split]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on ``device``."""
+        move = lambda t: t.to(device, non_blocking=non_blocking)  # noqa: E731
+        return replace(
+            self,
+            graph=self.graph.to(device, non_blocking),
+            x=move(self.x),
+            y=move(self.y),
+            train_mask=move(self.train_mask),
+            val_mask=move(self.val_mask),
+            test_mask=move(self.test_mask),
+            n_id=move(self.n_id),
+            teacher_logits=None if self.teacher_logits is None else move(self.teacher_logits),
+            teacher_scores={key: move(value) for key, value in self.teacher_scores.items()},
+        )

@@ -1,0 +1,61 @@
+"""Names of everything under a run, in one place.
+
+::
+
+    <run>/config.yaml  owner.json
+    <run>/graph/manifest.json                   part-00000-<sha8>.safetensors ...
+    <run>/teacher/model.json model.safetensors  checkpoints/
+    <run>/knowledge/<teacher>-<fp8>/manifest.json   part-00000-<sha8>.safetensors ...  tmp-<fp8>/
+    <run>/students/<name>/model.json model.safetensors  checkpoints/step-00000500/  predictions/  export/
+    <run>/stages/<stage>.json
+    <run>/tensorboard/<name>/events...
+    <run>/metrics.json  report.html
+
+Keys are relative to a store's root and always use ``/``.
+"""
+
+from __future__ import annotations
+
+CONFIG = "config.yaml"
+OWNER = "owner.json"
+METRICS = "metrics.json"
+REPORT = "report.html"
+GRAPH = "graph"
+TEACHER = "teacher"
+KNOWLEDGE = "knowledge"
+STUDENTS = "students"
+TENSORBOARD = "tensorboard"
+MANIFEST = "manifest.json"
+MODEL_JSON = "model.json"
+MODEL_WEIGHTS = "model.safetensors"
+COMMIT = "COMMIT.json"
+
+
+def part(index: int) -> str:
+    """Name of part ``index`` without digest or suffix, e.g. ``part-00003``."""
+    return f"part-{index:05d}"
+
+
+def stage_record(stage: str) -> str:
+    """Key of the record that a finished stage leaves."""
+    return f"stages/{stage}.json"
+
+
+def student(name: str) -> str:
+    """Folder of the student ``name`` (``distilled``, ``alone``)."""
+    return f"{STUDENTS}/{name}"
+
+
+def checkpoint(step: int) -> str:
+    """Folder of a checkpoint, relative to its student or teacher folder."""
+    return f"checkpoints/step-{step:08d}"
+
+
+def knowledge(teacher: str, fingerprint: str) -> str:
+    """Folder of one teacher's knowledge, relative to the knowledge store."""
+    return f"{teacher}-{fingerprint[:8]}"
+
+
+def layer_outputs(fingerprint: str) -> str:
+    """Folder of the intermediate layer outputs, relative to the knowledge folder."""
+    return f"tmp-{fingerprint[:8]}"
