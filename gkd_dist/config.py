@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 # --- building blocks -------------------------------------------------------------------------
 
@@ -19,12 +20,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+def _no_bool(value: Any) -> Any:
+    """Stops ``epochs: true`` from meaning 1, as it does in Python."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+NotBool = BeforeValidator(_no_bool)  # outermost, so that bounds reach the JSON schema
+Integer = Annotated[int, NotBool]
+Number = Annotated[float, Field(allow_inf_nan=False), NotBool]
+Positive = Annotated[int, Field(gt=0), NotBool]
+NonNegative = Annotated[int, Field(ge=0), NotBool]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), NotBool]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), NotBool]
+Probability = Annotated[float, Field(ge=0, lt=1), NotBool]
+Fraction = Annotated[float, Field(gt=0, lt=1), NotBool]
 Sigma = PositiveFloat | Literal["median"]
 
 
@@ -61,7 +72,7 @@ class RayConfig(Section):
     address: str = Field("local", description="`local` starts one, `auto` finds one, or host:port")
     timeout_s: PositiveFloat = Field(30.0, description="seconds to wait for the cluster to answer")
     num_cpus: Positive | None = Field(None, description="logical CPUs of a local Ray; null: what the run needs")
-    object_store_bytes: Annotated[int, Field(ge=80_000_000)] = Field(120_000_000, description="of a local Ray")
+    object_store_bytes: Annotated[int, Field(ge=80_000_000), NotBool] = Field(120_000_000, description="of a local Ray")
 
 
 # --- the graph -------------------------------------------------------------------------------
@@ -87,17 +98,19 @@ class SyntheticSource(Section):
 
     kind: Literal["synthetic"]
     num_nodes: Positive = 20_000
-    num_classes: Annotated[int, Field(ge=2)] = 10
+    num_classes: Annotated[int, Field(ge=2), NotBool] = 10
     average_degree: PositiveFloat = 12.0
-    homophily: Annotated[float, Field(ge=0, le=1)] = Field(0.30, description="P(an edge joins the same class)")
-    partner: Annotated[float, Field(ge=0, le=1)] = Field(0.30, description="P(an edge joins the partner class)")
+    homophily: Annotated[float, Field(ge=0, le=1), NotBool] = Field(0.30, description="P(an edge joins the same class)")
+    partner: Annotated[float, Field(ge=0, le=1), NotBool] = Field(
+        0.30, description="P(an edge joins the partner class)"
+    )
     num_features: Positive = 32
     signal: NonNegativeFloat = Field(2.0, description="length of a class centre")
     noise: NonNegativeFloat = Field(1.0, description="standard deviation of the features around their centre")
     degree_exponent: PositiveFloat = Field(2.5, description="Pareto exponent of the degree factors")
-    max_degree_factor: Annotated[float, Field(ge=1)] = 10.0
+    max_degree_factor: Annotated[float, Field(ge=1), NotBool] = 10.0
     multilabel: bool = Field(False, description="binary labels per class instead of one class per node")
-    seed: int | None = Field(None, description="null: the seed of the run")
+    seed: Integer | None = Field(None, description="null: the seed of the run")
 
     @model_validator(mode="after")
     def _check(self) -> SyntheticSource:
@@ -115,7 +128,7 @@ class PerClassSplit(Section):
     kind: Literal["per_class"]
     train: Positive = 20
     val: Positive = 30
-    seed: int | None = Field(None, description="null: the seed of the run")
+    seed: Integer | None = Field(None, description="null: the seed of the run")
 
 
 class RandomSplit(Section):
@@ -124,7 +137,7 @@ class RandomSplit(Section):
     kind: Literal["random"]
     train: Fraction = 0.6
     val: Fraction = 0.2
-    seed: int | None = Field(None, description="null: the seed of the run")
+    seed: Integer | None = Field(None, description="null: the seed of the run")
 
     @model_validator(mode="after")
     def _check(self) -> RandomSplit:
@@ -153,7 +166,7 @@ class PartitionConfig(Section):
     method: Literal["metis", "random", "components"] = "metis"
     num_parts: Positive = 4
     halo_hops: Positive | Literal["auto"] = Field("auto", description="auto: what exactness needs")
-    seed: int | None = Field(None, description="null: the seed of the run")
+    seed: Integer | None = Field(None, description="null: the seed of the run")
 
 
 # --- models ----------------------------------------------------------------------------------
@@ -170,7 +183,8 @@ class ModelConfig(Section):
     heads: Positive = Field(1, description="attention heads of hidden layers (gat)")
     norm: Literal["none", "layer", "batch"] = "layer"
     act: Literal["relu", "elu", "gelu", "leaky_relu", "tanh"] = "relu"
-    dropout: Probability = 0.0
+    dropout: Probability = Field(0.0, description="after each activation, and on attention coefficients (gat)")
+    input_dropout: Probability = Field(0.0, description="on the input features")
     residual: bool = Field(False, description="add a linear skip of the input to each hidden layer")
     args: dict[str, Any] = Field(default_factory=dict, description="arguments of a user class")
 
@@ -186,7 +200,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.heads > 1 and self.kind in BUILT_IN_MODELS and self.kind != "gat":
-            raise ValueError(f"only gat has heads (got kind {self.kind} with heads {self.heads})")
+            raise ValueError(f"only gat has heads (got kind {self.kind} with heads {self.heads}); set heads to 1")
         if self.args and self.kind in BUILT_IN_MODELS:
             raise ValueError("args is for module:attr models; built-in models take the keys beside it")
         return self
@@ -199,7 +213,8 @@ def resolve_layer(layer: int, num_layers: int) -> int:
     """
     resolved = layer if layer > 0 else num_layers + 1 + layer
     if not 1 <= resolved <= num_layers or layer == 0:
-        raise ValueError(f"layer {layer} does not exist in a model of {num_layers} layers (1..{num_layers} or -{num_layers}..-1)")
+        choices = f"1..{num_layers} or -{num_layers}..-1"
+        raise ValueError(f"layer {layer} does not exist in a model of {num_layers} layers ({choices})")
     return resolved
 
 
@@ -211,8 +226,7 @@ class LrSchedule(Section):
 
     kind: Literal["constant", "cosine", "linear"] = "constant"
     warmup: NonNegative = Field(0, description="steps of linear warm-up")
-    final: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="factor at the last step")
-
+    final: Annotated[float, Field(ge=0, le=1), NotBool] = Field(0.0, description="factor at the last step")
 
 
 AllOr = Positive | Literal["all"]
@@ -253,7 +267,7 @@ class TeacherConfig(Section):
 
     name: str = Field("teacher", pattern=r"^[A-Za-z0-9_.-]+$")
     model: ModelConfig
-    checkpoint: str | None = Field(None, description="URL of safetensors or of a state_dict; null: trained by `gkd teach`")
+    checkpoint: str | None = Field(None, description="URL of safetensors or a state_dict; null: trained by `gkd teach`")
     train: TeacherTrainConfig = TeacherTrainConfig()
 
 
@@ -338,15 +352,15 @@ class LspLoss(LossConfig):
     kernel: Literal["rbf", "euclidean", "laplacian", "linear", "poly", "cosine"] = "rbf"
     sigma: Sigma = 100.0
     teacher_sigma: Sigma | None = Field(None, description="null: sigma")
-    c: float = Field(0.0, description="of the polynomial kernel")
+    c: Number = Field(0.0, description="of the polynomial kernel")
     degree: Positive = Field(2, description="of the polynomial kernel")
     temperature: PositiveFloat = Field(1.0, description="divides kernel values before the softmax")
     outer_softmax: bool = Field(True, description="true: softmax of the kernel value, as in the paper")
     direction: Literal["student||teacher", "teacher||student"] = "student||teacher"
     reduction: Literal["nodes", "edges"] = "nodes"
     self_loops: bool = False
-    teacher_layer: int = -2
-    student_layer: int = -2
+    teacher_layer: Integer = -2
+    student_layer: Integer = -2
 
     @property
     def metric(self) -> str:
@@ -403,7 +417,7 @@ class Config(Section):
     stores: Stores = Stores()
     storage: StorageConfig = StorageConfig()
     ray: RayConfig = RayConfig()
-    seed: int = 0
+    seed: Integer = 0
     graph: GraphConfig
     partition: PartitionConfig = PartitionConfig()
     teacher: TeacherConfig

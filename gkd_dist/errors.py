@@ -7,7 +7,8 @@
       DataError                   3   what was read is wrong
         GraphError                    a data set or a graph part
         ModelError                    a model folder, a checkpoint, a layer that is not there
-        ManifestError                 a manifest: newer schema, incomplete, of another graph
+        ManifestError                 a manifest: incomplete, of another graph
+          NewerSchemaError              written by a later version; never overwritten
         ShardError                    a stored object: missing, truncated, flipped byte
       InfrastructureError         4   machines, network, storage; a launcher may try again
         StorageError                  an object store, after retries
@@ -53,6 +54,10 @@ class ModelError(DataError):
 
 class ManifestError(DataError):
     """A manifest is missing, incomplete, of a newer schema or of something else."""
+
+
+class NewerSchemaError(ManifestError):
+    """A manifest was written by a later version; what it describes is left alone."""
 
 
 class ShardError(DataError):

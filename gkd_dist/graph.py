@@ -7,8 +7,9 @@ target.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from gkd_dist.sparse import CsrPattern, indptr_from_counts, spmm
 
 Task = Literal["multiclass", "multilabel"]
 SPLITS = ("train", "val", "test")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,15 @@ class LocalGraph:
     ``pattern`` holds n nodes and m edges, edges of a target sorted by source. ``in_degree``
     float32 [n] is the (weighted, where there are weights) in-degree in the *whole* graph, which
     the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
-    float32 [m] or None.
+    float32 [m] or None. ``num_owned``: how many of the first nodes statistics are taken over, None
+    for all.
     """
 
     pattern: CsrPattern
     in_degree: Tensor
     has_self_loop: Tensor
     edge_weight: Tensor | None = None
+    num_owned: int | None = None
     _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -120,8 +124,9 @@ class LocalGraph:
         return torch.ones(self.num_edges, device=self.in_degree.device)
 
     def sum_matrix(self) -> WeightedPattern:
-        """Sum over in-neighbours (GIN)."""
-        return self._once("sum", lambda: WeightedPattern(self.pattern, self._values()))
+        """Sum over in-neighbours (GIN; edge weights not used)."""
+        ones = lambda: torch.ones(self.num_edges, device=self.in_degree.device)  # noqa: E731
+        return self._once("sum", lambda: WeightedPattern(self.pattern, ones()))
 
     def mean_matrix(self) -> WeightedPattern:
         """Mean over in-neighbours, zero where there are none (GraphSAGE; edge weights not used)."""
@@ -162,6 +167,11 @@ class LocalGraph:
 
         return self._once("loops", build)
 
+    def derived(self, name: str, build: Callable[[], _T]) -> _T:
+        """What ``build`` makes of this graph: made once, kept with it under ``name``."""
+        value: _T = self._once(name, build)
+        return value
+
     def _once(self, name: str, build):  # type: ignore[no-untyped-def]
         if name not in self._cache:
             self._cache[name] = build()
@@ -176,6 +186,7 @@ class LocalGraph:
             self.in_degree.to(device, non_blocking=non_blocking),
             self.has_self_loop.to(device, non_blocking=non_blocking),
             None if self.edge_weight is None else self.edge_weight.to(device, non_blocking=non_blocking),
+            self.num_owned,
         )
 
 

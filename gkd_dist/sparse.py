@@ -55,6 +55,21 @@ class CsrPattern:
         """Row of every non-zero, int64 [m]."""
         return row_index(self.indptr)
 
+    def select(self, keep: Tensor) -> CsrPattern:
+        """Structure of the non-zeros where ``keep`` (bool [m]) is true, in linear time."""
+        kept_before = torch.zeros(self.nnz + 1, dtype=torch.int64, device=keep.device)
+        torch.cumsum(keep, 0, out=kept_before[1:])
+        t_keep = keep[self.t_perm]
+        t_kept_before = torch.zeros_like(kept_before)
+        torch.cumsum(t_keep, 0, out=t_kept_before[1:])
+        return CsrPattern(
+            kept_before[self.indptr],
+            self.indices[keep],
+            t_kept_before[self.t_indptr],
+            self.t_indices[t_keep],
+            kept_before[self.t_perm[t_keep]],
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CsrPattern:
         """The same structure on ``device``."""
         move = lambda t: t.to(device, non_blocking=non_blocking)  # noqa: E731
@@ -70,30 +85,30 @@ def indptr_from_counts(counts: Tensor) -> Tensor:
 
 def row_index(indptr: Tensor) -> Tensor:
     """Row of every non-zero, int64 [m]."""
-    lengths = indptr[1:] - indptr[:-1]
-    return torch.repeat_interleave(torch.arange(lengths.numel(), device=indptr.device), lengths)
+    return torch.repeat_interleave(indptr[1:] - indptr[:-1])
 
 
 def _product(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
-    size = indptr.numel() - 1
     if dense.numel() == 0 or indices.numel() == 0:
-        return dense.new_zeros(size, dense.size(1))
+        return dense.new_zeros(indptr.numel() - 1, dense.size(1))
     compute = dense if dense.dtype in (torch.float32, torch.float64) else dense.float()
-    matrix = torch.sparse_csr_tensor(
-        indptr, indices, values.to(compute.dtype), size=(size, dense.size(0)), check_invariants=False
-    )
-    return torch.sparse.mm(matrix, compute).to(dense.dtype)
+    return torch.sparse.mm(_matrix(indptr, indices, values, compute), compute).to(dense.dtype)
+
+
+def _matrix(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    size = (indptr.numel() - 1, dense.size(0))
+    return torch.sparse_csr_tensor(indptr, indices, values.to(dense.dtype), size=size, check_invariants=False)
 
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pattern: CsrPattern, values: Tensor, dense: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, pattern: CsrPattern, values: Tensor, dense: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.pattern = pattern
         ctx.save_for_backward(values, dense if values.requires_grad else dense.new_empty(0))
         return _product(pattern.indptr, pattern.indices, values, dense)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         values, dense = ctx.saved_tensors
         pattern = ctx.pattern
         grad = grad.contiguous()
@@ -114,6 +129,22 @@ def spmm(pattern: CsrPattern, values: Tensor, dense: Tensor) -> Tensor:
     return result
 
 
+def symmetric_product(pattern: CsrPattern, values: Tensor, dense: Tensor) -> Tensor:
+    """``(G + Gᵀ) dense`` for the matrix G of ``values`` [m]; not differentiable by itself.
+
+    ``dense`` [n, d], fp32 or fp64; returns [n, d]. Where the pattern is symmetric, as on an undirected
+    graph whose rows are sorted, G + Gᵀ has the same pattern and one product does the work of two.
+    """
+    t_values = values[pattern.t_perm]
+    if torch.equal(pattern.indptr, pattern.t_indptr) and torch.equal(pattern.indices, pattern.t_indices):
+        return _product(pattern.indptr, pattern.indices, values + t_values, dense)
+    out = _product(pattern.indptr, pattern.indices, values, dense)
+    if out.numel() == 0 or pattern.nnz == 0:
+        return out
+    # Added where it belongs, without a second [n, d] result.
+    return torch.addmm(out, _matrix(pattern.t_indptr, pattern.t_indices, t_values, dense), dense, out=out)
+
+
 def sddmm(pattern: CsrPattern, left: Tensor, right: Tensor) -> Tensor:
     """Dot product of ``left[row]`` and ``right[column]`` for every non-zero.
 
@@ -121,7 +152,8 @@ def sddmm(pattern: CsrPattern, left: Tensor, right: Tensor) -> Tensor:
     """
     if pattern.nnz == 0 or left.size(1) == 0:
         return left.new_zeros(pattern.nnz)
-    if left.dtype in (torch.float32, torch.float64):
+    # The library refuses more non-zeros than a matrix has places, as multi-edges of a tiny graph are.
+    if left.dtype in (torch.float32, torch.float64) and pattern.nnz <= left.size(0) * right.size(0):
         zeros = torch.sparse_csr_tensor(
             pattern.indptr,
             pattern.indices,
@@ -130,16 +162,20 @@ def sddmm(pattern: CsrPattern, left: Tensor, right: Tensor) -> Tensor:
             check_invariants=False,
         )
         return torch.sparse.sampled_addmm(zeros, left, right.t(), beta=0.0).values()
-    rows, out = pattern.rows(), torch.empty(pattern.nnz, dtype=torch.float32, device=left.device)
+    dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+    rows, out = pattern.rows(), torch.empty(pattern.nnz, dtype=dtype, device=left.device)
     for start, stop in chunks(pattern.nnz, left.size(1)):
-        products = left[rows[start:stop]].float() * right[pattern.indices[start:stop]].float()
+        products = left[rows[start:stop]].to(dtype) * right[pattern.indices[start:stop]].to(dtype)
         out[start:stop] = products.sum(1)
     return out
 
 
-def chunks(count: int, width: int) -> list[tuple[int, int]]:
-    """Ranges over ``count`` rows of ``width`` values, each small enough for a core's cache."""
-    size = max(1, _CHUNK_VALUES // max(1, width))
+def chunks(count: int, width: int, num_values: int = _CHUNK_VALUES) -> list[tuple[int, int]]:
+    """Ranges over ``count`` rows of ``width`` values, each small enough for a core's cache.
+
+    ``num_values`` is the size of a chunk; a GPU wants larger ones than a core's cache holds.
+    """
+    size = max(1, num_values // max(1, width))
     return [(start, min(count, start + size)) for start in range(0, count, size)]
 
 
@@ -162,7 +198,7 @@ class _SegmentLogSoftmax(torch.autograd.Function):
     """Log-softmax within each segment; saves only its output, like the dense one."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, indptr: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, values: Tensor, indptr: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         shifted = values - segment_max(values, indptr)[rows]
         log_sum = segment_sum(shifted.exp(), indptr).clamp_min(torch.finfo(values.dtype).tiny).log()
         out = shifted - log_sum[rows]
@@ -170,7 +206,7 @@ class _SegmentLogSoftmax(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         out, indptr, rows = ctx.saved_tensors
         return grad - out.exp() * segment_sum(grad.contiguous(), indptr)[rows], None, None
 

@@ -1,0 +1,269 @@
+"""``gkd``: parse, load the configuration, call; one clean line and an exit code for every error.
+
+Exit codes: 0 done, 1 unexpected, 2 configuration, 3 data, 4 infrastructure (a launcher may try
+again), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gkd_dist import flow
+from gkd_dist.config import Config
+from gkd_dist.config_file import config_schema, dump_config, load_config
+from gkd_dist.errors import ConfigError, GkdError
+
+_EPILOG = """\
+exit codes: 0 done, 2 wrong configuration, 3 wrong data, 4 infrastructure (try again), 130 interrupted
+overrides:  dotted.key=value, e.g. distill.num_workers=4 losses.1.weight=10
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``gkd`` command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    if args.command is None:
+        build_parser().print_help()
+        return 0
+    return _guarded(lambda: int(args.act(args) or 0), args, arguments)
+
+
+def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[str]) -> int:
+    from gkd_dist.telemetry import setup_logging
+
+    setup_logging(verbose=getattr(args, "verbose", False))
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return act()
+    except GkdError as error:
+        if args.debug:
+            raise
+        print(f"gkd: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        command = shlex.join(["gkd", *arguments])
+        print(f"\ngkd: interrupted; nothing is lost, go on with: {command}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        logging.getLogger(__name__).debug("unexpected", exc_info=True)
+        message = f"{type(error).__name__}: {error}"
+        print(f"gkd: unexpected error: {message}; run again with --debug for the traceback", file=sys.stderr)
+        return 1
+
+
+def _terminated(signum: int, frame: object) -> None:
+    """SIGTERM ends a run like Ctrl-C does: processes are ended, the run can go on."""
+    raise KeyboardInterrupt
+
+
+# --- the parser ------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and options."""
+    parser = argparse.ArgumentParser(
+        prog="gkd",
+        description="Distributed knowledge distillation for graph neural networks.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_flow_verbs(verbs)
+    _add_predict(verbs)
+    _add_verify(verbs)
+    _add_config(verbs)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"gkd_dist {version('gkd_dist')}"
+    except PackageNotFoundError:
+        return "gkd_dist (not installed)"
+
+
+def _verb(
+    verbs: Any, name: str, help_text: str, act: Callable[[argparse.Namespace], int | None]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=help_text,
+        description=help_text,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("-v", "--verbose", action="store_true", help="more log lines")
+    parser.set_defaults(act=act)
+    return parser
+
+
+def _add_flow_verbs(verbs: Any) -> None:
+    run = _verb(verbs, "run", "run every stage that is not finished", _run)
+    _add_config_arguments(run)
+    run.add_argument(
+        "--redo", action="append", default=[], metavar="STAGE", choices=flow.NAMES, help="do this stage again"
+    )
+    for stage in flow.STAGES:
+        parser = _verb(verbs, stage.name, f"read {stage.reads}, write {stage.writes}", _stage)
+        _add_config_arguments(parser)
+        parser.add_argument("--redo", action="store_true", help="do it again although it is finished")
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done or skipped, and why")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--take-over", action="store_true", help="take the run from a driver that is known to be gone")
+
+
+def _add_predict(verbs: Any) -> None:
+    parser = _verb(verbs, "predict", "classes, logits and embeddings of every node, by a model of a run", _predict)
+    _add_config_arguments(parser)
+    parser.add_argument("--model", default="distilled", help="distilled, alone or teacher (default: distilled)")
+    parser.add_argument("--out", required=True, metavar="URL", help="folder for the files")
+    parser.add_argument("--format", default="parquet", choices=("parquet", "safetensors"))
+    parser.add_argument("--embeddings", action="store_true", help="also the last hidden layer")
+    parser.add_argument("--graph", metavar="CONFIG", help="YAML file whose graph and partition are predicted instead")
+
+
+def _add_verify(verbs: Any) -> None:
+    parser = _verb(verbs, "verify", "hash again what a run has stored", _verify)
+    parser.add_argument("target", metavar="CONFIG|RUN", help="YAML file of the run, or the run's URL")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--orphans", action="store_true", help="list objects that no manifest names")
+    parser.add_argument("--prune", action="store_true", help="delete them")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_config(verbs: Any) -> None:
+    parser = _verb(verbs, "config", "show the resolved configuration, or its JSON schema", _config)
+    parser.add_argument("what", choices=("schema", "show"))
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file (for show)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+# --- the verbs -------------------------------------------------------------------------------
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """The configuration, checked as far as possible before anything is started."""
+    from gkd_dist.preflight import check_devices
+
+    config = load_config(args.config, args.overrides)
+    check_devices(config)
+    return config
+
+
+def _run(args: argparse.Namespace) -> int:
+    from gkd_dist.driver import driving, plan_run
+
+    config = _load(args)
+    if args.dry_run:
+        _print_plan(plan_run(config, args.redo), args.json)
+        return 0
+    with driving(config, take_over=args.take_over) as session:
+        flow.run_flow(session, args.redo)
+        _print_result(session, args.json)
+    return 0
+
+
+def _stage(args: argparse.Namespace) -> int:
+    from gkd_dist.driver import driving, is_follower, plan_run
+
+    config, stage = _load(args), flow.stage(args.command)
+    if args.dry_run:
+        decisions = [d for d in plan_run(config, [stage.name] if args.redo else []) if d.stage == stage.name]
+        _print_plan(decisions, args.json)
+        return 0
+    with driving(config, take_over=args.take_over, follow=is_follower(config, stage.name)) as session:
+        flow.require_before(session, stage.name)
+        done = not args.redo and stage.is_done(session)
+        if done:
+            logging.getLogger("gkd_dist").info("%s: finished before, skipped (--redo does it again)", stage.name)
+        elif is_follower(config, stage.name):
+            stage.run(session)
+        else:
+            flow.run_stage(session, stage)
+        if args.json and not is_follower(config, stage.name):
+            print(json.dumps({"stage": stage.name, "skipped": done, **flow.stage_records(session).get(stage.name, {})}))
+        elif stage.name == "evaluate":
+            _print_result(session, args.json)
+    return 0
+
+
+def _print_plan(decisions: list[flow.Decision], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([vars(decision) for decision in decisions], indent=1))
+        return
+    width = max(len(decision.stage) for decision in decisions)
+    for decision in decisions:
+        print(f"{decision.stage:<{width}}  {decision.action:<4}  {decision.reason}")
+
+
+def _print_result(session: Any, as_json: bool) -> None:
+    from gkd_dist import layout
+    from gkd_dist.report import format_table
+
+    metrics = session.run.read_json(layout.METRICS)
+    if as_json:
+        print(json.dumps(metrics, indent=1))
+        return
+    print(format_table(metrics))
+    where = session.run.local_path() or session.run.url
+    print(f"\nreport       {where}/{layout.REPORT}\ncurves       tensorboard --logdir {where}/{layout.TENSORBOARD}")
+    print(f"student      gkd_dist.load_student({str(where)!r})")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from gkd_dist.driver import driving
+    from gkd_dist.predictions import predict_run
+
+    config = _load(args)
+    with driving(config, take_over=args.take_over) as session:
+        other = None if args.graph is None else load_config(args.graph)
+        written = predict_run(session, args.model, args.out, args.format, args.embeddings, other)
+    print(json.dumps(written, indent=1) if args.json else f"{written['num_nodes']:,} nodes in {written['url']}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from gkd_dist.driver import config_of
+    from gkd_dist.verify_run import verify_run
+
+    is_file = args.target.endswith((".yaml", ".yml")) and Path(args.target).is_file()
+    config = load_config(args.target, args.overrides) if is_file else config_of(args.target, args.overrides)
+    result = verify_run(config, orphans=args.orphans or args.prune, prune=args.prune)
+    print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())
+    return 3 if result.problems else 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.what == "schema":
+        print(json.dumps(config_schema(), indent=1))
+        return 0
+    if args.config is None:
+        raise ConfigError("gkd config show needs a file; give it, as in `gkd config show configs/quickstart.yaml`")
+    print(dump_config(load_config(args.config, args.overrides)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

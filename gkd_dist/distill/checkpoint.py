@@ -1,0 +1,107 @@
+"""Checkpoints of a training run: free of world size and stage, committed last.
+
+::
+
+    checkpoints/latest.json                    steps that are committed, oldest first
+    checkpoints/step-00000500/state.safetensors   model/..., best/..., optimizer/<parameter>/<key>
+    checkpoints/step-00000500/COMMIT.json         digest, position, early stopping, sigmas
+
+A checkpoint counts once ``COMMIT.json`` is there and its digest fits; a damaged one is passed over
+for the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gkd_dist import layout
+from gkd_dist.errors import DataError, ObjectNotFoundError
+from gkd_dist.shards.codec import decode, encode
+from gkd_dist.storage import Storage
+
+log = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+LATEST = "checkpoints/latest.json"
+
+
+@dataclass
+class TrainState:
+    """Everything a training run is, between two steps."""
+
+    position: tuple[int, int] = (0, 0)  # next (epoch, step in it)
+    global_step: int = 0
+    best_metric: float = -1.0
+    best_epoch: int = -1
+    bad_evals: int = 0
+    sigmas: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
+    model: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+
+_GROUPS = ("model", "best", "optimizer")
+_PLAIN = ("position", "global_step", "best_metric", "best_epoch", "bad_evals", "sigmas", "stopped")
+
+
+def save_checkpoint(storage: Storage, state: TrainState, fingerprint: str, keep: int) -> None:
+    """Writes the checkpoint of ``state.global_step`` and drops all but the last ``keep``."""
+    folder = layout.checkpoint(state.global_step)
+    tensors = {f"{group}/{name}": value for group in _GROUPS for name, value in getattr(state, group).items()}
+    data = encode({name: value.contiguous() for name, value in tensors.items()})
+    storage.write(f"{folder}/state.safetensors", data)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "num_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        **{name: getattr(state, name) for name in _PLAIN},
+    }
+    storage.write_json(f"{folder}/{layout.COMMIT}", document)
+    steps = [step for step in committed_steps(storage) if step != state.global_step] + [state.global_step]
+    storage.write_json(LATEST, steps[-keep:])
+    for step in steps[:-keep]:
+        storage.delete_tree(layout.checkpoint(step))
+
+
+def committed_steps(storage: Storage) -> list[int]:
+    """Steps with a checkpoint, oldest first; empty where there is none or the list is damaged."""
+    try:
+        steps = storage.read_json(LATEST)
+    except (ObjectNotFoundError, ValueError, DataError):
+        return []
+    return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
+
+
+def load_checkpoint(storage: Storage, fingerprint: str) -> TrainState | None:
+    """The newest whole checkpoint of the run with this fingerprint, or None."""
+    for step in reversed(committed_steps(storage)):
+        try:
+            state = _read(storage, step, fingerprint)
+        except (ObjectNotFoundError, DataError, ValueError, KeyError, TypeError) as error:
+            log.warning("checkpoint of step %d in %s is damaged (%s); trying the one before", step, storage.url, error)
+            continue
+        if state is not None:
+            return state
+    return None
+
+
+def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:
+    folder = layout.checkpoint(step)
+    commit: dict[str, Any] = storage.read_json(f"{folder}/{layout.COMMIT}")
+    if commit["format_version"] > FORMAT_VERSION or commit["fingerprint"] != fingerprint:
+        return None
+    data = storage.read(f"{folder}/state.safetensors")
+    if len(data) != commit["num_bytes"] or hashlib.sha256(data).hexdigest() != commit["sha256"]:
+        raise DataError("size or digest differ from COMMIT.json")
+    state = TrainState(**{name: commit[name] for name in _PLAIN})
+    state.position = (int(commit["position"][0]), int(commit["position"][1]))
+    for key, value in decode(data).items():
+        group, _, name = key.partition("/")
+        getattr(state, group)[name] = value
+    return state

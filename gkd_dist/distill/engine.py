@@ -1,0 +1,259 @@
+"""DeepSpeed around a student: the only door to DeepSpeed.
+
+The engine averages gradients over ranks and would divide by the accumulation steps; the caller
+undoes the first and `backward` switches off the second. Every rank must call every method equally
+often, with a forward on an empty batch where it has no work: without it ZeRO-2 is silently wrong
+and ZeRO-3 waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkd_dist.config import DistillConfig
+from gkd_dist.distill.module import StudentModule, call_module
+from gkd_dist.distill.optimizer import build_optimizer, set_lr
+from gkd_dist.errors import ConfigError
+from gkd_dist.graph import Batch
+from gkd_dist.world import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BUCKET_VALUES = 5_000_000  # DeepSpeed's default of 5e8 values is waste for a compact student
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed for ``device``, without compiling anything and without its banner."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_BUILD_OPS", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Compiling the shared-memory op takes about a minute and serves inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed  # type: ignore[no-any-return]
+
+
+def deepspeed_config(config: DistillConfig, micro_steps: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; keys of ``distill.deepspeed`` go on top."""
+    zero = {
+        "stage": config.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": _BUCKET_VALUES,
+        "allgather_bucket_size": _BUCKET_VALUES,
+    }
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    if config.grad_clip is not None:
+        ours["gradient_clipping"] = config.grad_clip
+    if config.precision != "fp32":
+        ours[config.precision] = {"enabled": True}
+    given = dict(config.deepspeed)
+    zero.update(given.pop("zero_optimization", {}))
+    return {**ours, **given}
+
+
+def check_precision(config: DistillConfig) -> None:
+    """`ConfigError` where the device has no such precision; to be called before any process starts."""
+    if config.precision == "fp16" and config.gpus_per_worker == 0:
+        supported = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        if not supported:
+            raise ConfigError(
+                "distill.precision fp16 needs a GPU or a CPU with fp16 arithmetic, which this one has not; "
+                "set distill.precision=bf16 or fp32"
+            )
+
+
+class DeepSpeedEngine:
+    """A student under DeepSpeed, ZeRO 0 to 3."""
+
+    def __init__(self, model: nn.Module, config: DistillConfig, world: World, micro_steps: int) -> None:
+        deepspeed = import_deepspeed(world.device)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed insists on it, also inline
+        self._deepspeed, self._world = deepspeed, world
+        self._stage, self._micro_steps = config.zero_stage, micro_steps
+        self._dtype = DTYPES[config.precision]
+        module = StudentModule(model).to(world.device)
+        optimizer = build_optimizer(module.parameters(), config)
+        with _quiet():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(config, micro_steps),
+                dist_init_required=False,
+            )
+        self._torch_optimizer = optimizer
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped `StudentModule`."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step, where DeepSpeed tells it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def forward(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits and layer outputs in fp32."""
+        return call_module(self._engine, batch, layers, self._dtype)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of ``loss``; DeepSpeed counts the micro-step itself."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
+
+    def step(self) -> None:
+        """Ends the last micro-step, which reduces, clips and updates."""
+        self._engine.step()
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        set_lr(self._engine.optimizer, lr)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode of the module."""
+        self._engine.train(mode)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Parameters in full, also where ZeRO-3 has spread them."""
+        if self._stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Weights (fp32 masters) and buffers by name, copies on the CPU; all ranks must call."""
+        model = self.module.model
+        with self._whole():
+            state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        if self._dtype != torch.float32:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in model.named_parameters():
+                master = safe_get_full_fp32_param(parameter)
+                value = state[name] if master is None else master.detach().cpu().clone().view_as(state[name])
+                state[name] = value.float()
+        return state
+
+    def _keys(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if isinstance(self._torch_optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
+
+    def _plain(self) -> bool:
+        """True where the torch optimizer holds the state of the parameters themselves."""
+        return self._engine.optimizer is self._torch_optimizer
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """State tensors as ``<parameter>/<key>``, whole whatever the stage; all ranks must call."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.module.model.named_parameters():
+            for key in self._keys():
+                if self._plain():
+                    value = self._torch_optimizer.state.get(parameter, {}).get(key)
+                else:
+                    value = safe_get_full_optimizer_state(parameter, key)
+                if value is not None:
+                    out[f"{name}/{key}"] = value.detach().cpu().clone().view(parameter_shape(parameter))
+        steps = [state["step"] for state in self._torch_optimizer.state.values() if "step" in state]
+        if steps:
+            out["all/step"] = torch.as_tensor(steps[0]).detach().cpu().clone()
+        return out
+
+    def load_optimizer_state(self, state: dict[str, Tensor], empty: Batch) -> None:
+        """Restores what `optimizer_state` gave, at any world size and stage; all ranks must call.
+
+        ZeRO creates its state at the first step, so one step with a learning rate of zero on
+        ``empty`` batches makes the room that is then filled.
+        """
+        if not state:
+            return
+        self._empty_step(empty)
+        if self._plain():
+            self._fill_plain(state)
+        else:
+            self._fill_zero(state)
+        for values in self._torch_optimizer.state.values():
+            if "step" in values and "all/step" in state:
+                step = state["all/step"]
+                values["step"] = step.clone() if isinstance(values["step"], Tensor) else int(step)
+
+    def _empty_step(self, empty: Batch) -> None:
+        before = [group["lr"] for group in self._engine.optimizer.param_groups]
+        set_lr(self._engine.optimizer, 0.0)
+        for _ in range(self._micro_steps):
+            logits, _ = self.forward(empty, ())
+            self._engine.backward(logits.sum() * 0, scale_wrt_gas=False)
+            self._engine.step()
+        for group, lr in zip(self._engine.optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
+
+    def _fill_plain(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.module.model.named_parameters():
+            for key in self._keys():
+                if f"{name}/{key}" in state:
+                    self._torch_optimizer.state[parameter][key] = state[f"{name}/{key}"].to(parameter.device, copy=True)
+
+    def _fill_zero(self, state: dict[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in self.module.model.named_parameters():
+            for key in self._keys():
+                value = state.get(f"{name}/{key}")
+                if value is not None and self._stage == 3:
+                    self._fill_partition(parameter, key, value)
+                elif value is not None:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def _fill_partition(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """ZeRO-3 pads a parameter to a multiple of the ranks, which DeepSpeed's own setter overlooks."""
+        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
+
+        size = safe_get_local_optimizer_state(parameter, key).numel()
+        padded = value.new_zeros(size * self._world.world_size)
+        padded[: value.numel()] = value.flatten()
+        safe_set_local_optimizer_state(parameter, padded.split(size)[self._world.rank].clone(), key)
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+
+def parameter_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a parameter, also where ZeRO-3 keeps only a part of it."""
+    shape = getattr(parameter, "ds_shape", None)
+    return parameter.shape if shape is None else torch.Size(shape)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its configuration and versions through several loggers at start-up."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,39 @@
+"""Optimizers and learning-rate schedules, as torch knows them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from gkd_dist.config import LrSchedule, TrainConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of the configuration; plain loops, so that results do not depend on fusing."""
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "foreach": False}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, **options)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, **options)
+
+
+def lr_factor(schedule: LrSchedule, step: int, total_steps: int) -> float:
+    """Factor of the learning rate in ``step`` (from 0) of ``total_steps``."""
+    if step < schedule.warmup:
+        return (step + 1) / (schedule.warmup + 1)
+    span = max(1, total_steps - schedule.warmup)
+    progress = min(1.0, (step - schedule.warmup) / span)
+    if schedule.kind == "linear":
+        return 1 - (1 - schedule.final) * progress
+    if schedule.kind == "cosine":
+        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * progress)) / 2
+    return 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

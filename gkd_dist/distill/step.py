@@ -1,0 +1,108 @@
+"""One optimizer step: reads like the equation.
+
+For terms k with weights w_k, the objective is ``sum_k w_k * (sum over all units of S_k) / (sum over
+all units of C_k)``: sums and counts are local, the division is by what the whole world saw, so the
+value depends neither on how the graph was cut nor on who does the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gkd_dist.errors import NonFiniteLossError
+from gkd_dist.graph import Batch
+from gkd_dist.losses.objective import Objective
+from gkd_dist.stream.order import hash_of
+from gkd_dist.world import World
+
+
+class Engine(Protocol):
+    """What a step needs of an optimizer engine; gradients of ranks are averaged by it."""
+
+    def forward(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Logits and outputs of ``layers`` of the student."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of ``loss``; ``last`` marks the end of the step."""
+
+    def step(self) -> None:
+        """Updates the parameters once."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Global sums [k] and counts [k] of a step, float64 on the CPU."""
+
+    sums: Tensor
+    counts: Tensor
+    weights: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """Value of each term, [k]."""
+        return self.sums / self.counts.clamp_min(1)
+
+    @property
+    def total(self) -> float:
+        """Value of the objective."""
+        return float((self.weights * self.means).sum())
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *counters: int) -> Iterator[None]:
+    """Random numbers inside depend on ``counters`` alone, not on the process or on what ran before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(hash_of(*counters))
+        yield
+
+
+def train_step(
+    engine: Engine,
+    objective: Objective,
+    batches: Sequence[Batch],
+    world: World,
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+) -> StepReport:
+    """One optimizer step over this rank's ``batches``, which every rank has equally many of.
+
+    Raises `NonFiniteLossError` on every rank at once, before the optimizer saw the loss.
+    """
+    counts = torch.stack([objective.counts(batch) for batch in batches]).sum(0)
+    counts = world.sum(counts.double().cpu())
+    weights = objective.weights(epoch).double()
+    scale = (weights / counts.clamp_min(1)).float()
+    totals = torch.zeros_like(counts)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with seeded(world.device, seed, step, batch.unit):
+            logits, layers = engine.forward(batch, objective.student_layers)
+        sums = objective.sums(batch, logits, layers, epoch)
+        totals += sums.detach().double().cpu()
+        if last:
+            totals = world.sum(totals)
+            _check_finite(totals, objective.names, epoch, step)
+        # The engine averages gradients over ranks; the loss is already divided by the global
+        # count, so that average is undone here.
+        engine.backward((scale.to(sums.device) * sums).sum() * world.world_size, last=last)
+    engine.step()
+    return StepReport(totals, counts, weights)
+
+
+def _check_finite(totals: Tensor, names: Sequence[str], epoch: int, step: int) -> None:
+    if bool(torch.isfinite(totals).all()):
+        return
+    bad = [name for name, value in zip(names, totals.tolist(), strict=True) if not abs(value) < float("inf")]
+    raise NonFiniteLossError(
+        f"loss {', '.join(bad)} is not finite in epoch {epoch}, step {step}; lower distill.lr, set distill.grad_clip, "
+        "or widen sigma"
+    )

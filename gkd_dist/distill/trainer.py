@@ -1,0 +1,309 @@
+"""The training loop of students and teachers: launcher-neutral, resumable, equal on all ranks.
+
+One stream per rank delivers training units and, after every epoch that is evaluated, the units of a
+validation pass. What happens depends on (seed, epoch, step, unit) alone, so a run that is resumed
+goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gkd_dist import layout
+from gkd_dist.config import Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
+from gkd_dist.distill.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from gkd_dist.distill.module import merge_running_statistics
+from gkd_dist.distill.optimizer import lr_factor
+from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
+from gkd_dist.distill.validation import Metrics, measure_medians, validate
+from gkd_dist.errors import ModelError
+from gkd_dist.graph import Batch
+from gkd_dist.losses.objective import Objective
+from gkd_dist.models.build import build_model
+from gkd_dist.models.io import ModelSpec, read_model_document, save_model
+from gkd_dist.partition.store import GraphStore
+from gkd_dist.shards.manifest import Manifest
+from gkd_dist.storage import Storage
+from gkd_dist.stream.knowledge import Wants
+from gkd_dist.stream.order import Position, StreamPlan, micro_steps, plan_units
+from gkd_dist.stream.prefetch import Prefetcher
+from gkd_dist.stream.units import UnitLoader, part_costs
+from gkd_dist.telemetry import peak_rss_bytes
+from gkd_dist.world import World
+
+log = logging.getLogger(__name__)
+_INIT = -1  # counter of the random numbers that initialise a model
+
+
+class TrainEngine(Engine, Protocol):
+    """What the loop needs beyond a step."""
+
+    grad_norm: float | None
+    module: nn.Module
+
+    def set_lr(self, lr: float) -> None: ...
+    def train(self, mode: bool) -> None: ...
+    def model_state(self) -> dict[str, Tensor]: ...
+    def optimizer_state(self) -> dict[str, Tensor]: ...
+    def load_optimizer_state(self, state: dict[str, Tensor], empty: Batch) -> None: ...
+    def close(self) -> None: ...
+
+
+EngineFactory = Callable[[nn.Module, int], TrainEngine]  # (model, micro-steps per step)
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes; called on rank 0 alone."""
+
+    def step(self, step: int, report: StepReport, names: list[str], extra: dict[str, float]) -> None: ...
+    def evaluation(self, step: int, epoch: int, metrics: Metrics, state: TrainState) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One model to train. Small and picklable: it travels to the workers as it is."""
+
+    name: str
+    output: Storage  # folder of the model: model.json, model.safetensors, checkpoints/
+    graph: GraphStore
+    knowledge: tuple[Storage, Manifest] | None
+    model: ModelConfig
+    losses: tuple[Loss, ...]
+    train: TrainConfig
+    teacher_layers: int
+    seed: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a finished run says of itself."""
+
+    name: str
+    epochs_run: int
+    best_epoch: int
+    best_val: float | None
+    wall_s: float
+    peak_rss_bytes: int
+    wait_s: float
+    resumed_from_step: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def teacher_wants(losses: tuple[Loss, ...], teacher_layers: int) -> Wants:
+    """What the terms read of the teacher."""
+    lsp = [loss for loss in losses if isinstance(loss, LspLoss)]
+    scores = {(resolve_layer(loss.teacher_layer, teacher_layers), loss.metric) for loss in lsp}
+    return Wants.of(any(loss.kind == "kd" for loss in losses), scores)
+
+
+def build_objective(task: TrainTask) -> Objective:
+    """The terms of a task with the teacher's medians filled in."""
+    medians = {}
+    if task.knowledge is not None:
+        for key, value in task.knowledge[1].meta.get("scores", {}).items():
+            layer, _, metric = key.partition(".")
+            medians[int(layer), metric] = float(value["median"])
+    meta = task.graph.manifest.meta
+    return Objective(task.losses, meta["task"], task.teacher_layers, task.model.layers, medians)
+
+
+class Trainer:
+    """Trains one model on this rank; all ranks run the same code."""
+
+    def __init__(
+        self, task: TrainTask, world: World, make_engine: EngineFactory, watcher: Watcher | None = None
+    ) -> None:
+        self.task, self.world, self.watcher = task, world, watcher if world.is_main else None
+        self.config, meta = task.train, task.graph.manifest.meta
+        self.objective = build_objective(task)
+        costs = part_costs(task.graph.manifest)
+        units = plan_units(task.graph.num_parts, self.config.parts_per_unit, costs)
+        wants = teacher_wants(task.losses, task.teacher_layers)
+        self.loader = UnitLoader(task.graph, task.knowledge, units, wants)
+        per_step, shuffle = self.config.units_per_step, self.config.shuffle
+        self.plan = StreamPlan(task.seed, len(units), per_step, shuffle, self.loader.costs)
+        self.micro_steps = micro_steps(self.plan.full_step, world.world_size)
+        self.my_units = list(range(len(units)))[world.rank :: world.world_size]
+        self.spec = ModelSpec(task.model, task.graph.num_features, int(meta["num_classes"]), meta["task"])
+        self.state = load_checkpoint(task.output, task.fingerprint) or TrainState()
+        self.resumed_from = self.state.global_step
+        self.engine = self._start_engine(make_engine)
+
+    def _start_engine(self, make_engine: EngineFactory) -> TrainEngine:
+        with seeded(torch.device("cpu"), self.task.seed, _INIT):
+            model = build_model(self.task.model, self.spec.in_channels, self.spec.out_channels)
+        if self.state.model:
+            model.load_state_dict(self.state.model)
+        engine = make_engine(model, self.micro_steps)
+        engine.load_optimizer_state(self.state.optimizer, self.loader.empty().to(self.world.device))
+        self.objective.student_sigma = self.state.sigmas
+        return engine
+
+    def run(self) -> TrainSummary:
+        """Trains to the end, writes the best model (rank 0) and returns a summary."""
+        started = time.perf_counter()
+        config = self.config
+        with Prefetcher(
+            self.loader.load,
+            self._order(Position(*self.state.position), bool(self.objective.needs_student_median)),
+            config.prefetch_bytes,
+            config.resident_bytes,
+            self.loader.size_of,
+            device=self.world.device,
+        ) as stream:
+            try:
+                self._measure_medians(stream)
+                while not self.state.stopped and self.state.position[0] < config.epochs:
+                    self._step(stream)
+                wait_s = stream.wait_s
+            finally:
+                self.engine.train(False)
+        self._publish(time.perf_counter() - started, wait_s)
+        self.engine.close()
+        return self._summary(time.perf_counter() - started, wait_s)
+
+    # --- the stream --------------------------------------------------------------------------
+
+    def _order(self, start: Position, measure_first: bool) -> Iterator[tuple[Position, int | None]]:
+        """Units of this rank: training micro-steps, and a validation pass where one is due."""
+        if measure_first:
+            yield from ((start, unit) for unit in self.my_units)
+        for epoch in range(start.epoch, self.config.epochs):
+            first = start if epoch == start.epoch else Position(epoch, 0)
+            yield from self.plan.walk(first, epoch + 1, self.world.rank, self.world.world_size)
+            if self._evaluates(epoch):
+                yield from ((Position(epoch, self.plan.steps_per_epoch), unit) for unit in self.my_units)
+
+    def _evaluates(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def _step(self, stream: Prefetcher[int | None]) -> None:
+        started, waited = time.perf_counter(), stream.wait_s
+        epoch, step = self.state.position
+        batches = [next(stream)[1] for _ in range(self.micro_steps)]
+        self.engine.train(True)
+        lr = self.config.lr * lr_factor(self.config.lr_schedule, self.state.global_step, self._total_steps())
+        self.engine.set_lr(lr)
+        report = train_step(
+            self.engine,
+            self.objective,
+            batches,
+            self.world,
+            seed=self.task.seed,
+            epoch=epoch,
+            step=self.state.global_step,
+        )
+        merge_running_statistics(self.engine.module, self.world)
+        self.state.global_step += 1
+        following = Position(epoch, step).next(self.plan.steps_per_epoch)
+        self.state.position = (following.epoch, following.step)
+        elapsed = time.perf_counter() - started
+        self._tell_step(report, batches, elapsed, stream.wait_s - waited, lr)
+        if following.step == 0 and self._evaluates(epoch):
+            self._evaluate(stream, epoch)
+        if self.state.global_step % self.config.checkpoint_every == 0 and not self.state.stopped:
+            self._save()
+
+    def _total_steps(self) -> int:
+        return self.config.epochs * self.plan.steps_per_epoch
+
+    def _tell_step(self, report: StepReport, batches: list[Batch], elapsed: float, waited: float, lr: float) -> None:
+        if self.watcher is None or self.state.global_step % self.config.log_every:
+            return
+        nodes = sum(batch.num_owned for batch in batches)
+        extra = {
+            "lr": lr,
+            "time/step_s": elapsed,
+            "throughput/nodes_per_s": nodes * self.world.world_size / max(elapsed, 1e-9),
+            "stream/wait_s": waited,
+            "stream/wait_fraction": waited / max(elapsed, 1e-9),
+        }
+        if self.engine.grad_norm is not None:
+            extra["grad_norm"] = self.engine.grad_norm
+        self.watcher.step(self.state.global_step, report, self.objective.names, extra)
+
+    # --- evaluation --------------------------------------------------------------------------
+
+    def _pass(self, stream: Prefetcher[int | None]) -> tuple[Iterator[Batch], int, Batch]:
+        """Batches of an evaluation pass, how many forwards every rank takes, and the empty batch."""
+        self.engine.train(False)
+        rounds = -(-len(self.loader.units) // self.world.world_size)
+        return (next(stream)[1] for _ in self.my_units), rounds, self.loader.empty().to(self.world.device)
+
+    def _evaluate(self, stream: Prefetcher[int | None], epoch: int) -> None:
+        metrics = validate(self.engine, *self._pass(stream), self.world, self.spec.task)
+        state, value = self.state, metrics["val"]
+        if value is None or value > state.best_metric:
+            state.best_metric, state.best_epoch, state.bad_evals = -1.0 if value is None else value, epoch, 0
+            state.best = self.engine.model_state()
+        else:
+            state.bad_evals += 1
+        state.stopped = bool(self.config.patience) and state.bad_evals >= self.config.patience
+        if self.watcher is not None:
+            self.watcher.evaluation(state.global_step, epoch, metrics, state)
+
+    def _measure_medians(self, stream: Prefetcher[int | None]) -> None:
+        """The student's own medians, before its first step, where a term asks for them."""
+        if self.objective.needs_student_median:
+            measure_medians(self.engine, self.objective, *self._pass(stream), self.world)
+            self.state.sigmas = dict(self.objective.student_sigma)
+
+    # --- what is written ---------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """All ranks gather, rank 0 writes; the others wait, so that a step is either in or out."""
+        self.state.model, self.state.optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        if self.world.is_main:
+            save_checkpoint(self.task.output, self.state, self.task.fingerprint, self.config.keep)
+        self.world.barrier()
+
+    def _publish(self, wall_s: float, wait_s: float) -> None:
+        """Writes the best weights; ``model.json`` comes last and makes the model count."""
+        weights = self.state.best or self.engine.model_state()
+        if self.world.is_main:
+            model = build_model(self.task.model, self.spec.in_channels, self.spec.out_channels)
+            model.load_state_dict(weights)
+            summary = self._summary(wall_s, wait_s)
+            meta = {"name": self.task.name, "seed": self.task.seed, "summary": vars(summary)}
+            spec = ModelSpec(self.spec.config, self.spec.in_channels, self.spec.out_channels, self.spec.task, meta)
+            save_model(self.task.output, model, spec, self.task.fingerprint)
+        self.world.barrier()
+
+    def _summary(self, wall_s: float, wait_s: float) -> TrainSummary:
+        best = self.state.best_metric
+        return TrainSummary(
+            self.task.name,
+            self.state.position[0],
+            self.state.best_epoch,
+            None if best < 0 else best,
+            wall_s,
+            peak_rss_bytes(),
+            wait_s,
+            self.resumed_from,
+        )
+
+
+def prepare_process(threads: int) -> None:
+    """Fixed threads and deterministic algorithms: the same run gives the same bits."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+
+
+def is_trained(output: Storage, fingerprint: str) -> bool:
+    """Whether the folder holds the finished model of this fingerprint."""
+    if not output.exists(layout.MODEL_JSON):
+        return False
+    try:
+        return bool(read_model_document(output).get("fingerprint") == fingerprint)
+    except ModelError:
+        return False

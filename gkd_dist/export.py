@@ -1,0 +1,80 @@
+"""The student on its own: a folder that rebuilds it, and a card that says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from gkd_dist.config import Config
+from gkd_dist.models.io import read_model, save_model
+from gkd_dist.storage import Storage
+
+
+def export_student(student: Storage, out: Storage, fingerprint: str, allow_code: Collection[str] = ()) -> None:
+    """Reads the student, so that a damaged one is never exported, and writes it to ``out``."""
+    model, spec = read_model(student, allow_code)
+    save_model(out, model, spec, fingerprint)
+
+
+def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Markdown: what the model is, how it was made, how good it is, how to use it."""
+    model = config.student.model
+    return "\n".join(
+        [
+            f"# {model.kind} student, distilled on {graph['name']}",
+            "",
+            f"{model.layers} layers, {model.hidden} hidden units, norm {model.norm}, distilled from a "
+            f"{config.teacher.model.kind} teacher with gkd_dist.",
+            "",
+            "## Results",
+            "",
+            *_results(metrics),
+            "",
+            "Exact layer-wise inference over the whole graph; agreement is with the teacher's predictions.",
+            "",
+            "## Data",
+            "",
+            f"{graph['num_nodes']:,} nodes, {graph['num_edges']:,} directed edges, {graph['num_features']:,} features, "
+            f"{graph['num_classes']} classes ({graph['task']}).",
+            "",
+            "## Training",
+            "",
+            *(f"- {_loss_line(loss)}" for loss in config.losses),
+            f"- {config.distill.optimizer}, learning rate {config.distill.lr:g}, at most {config.distill.epochs} epochs, "
+            f"seed {config.seed}",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import gkd_dist",
+            "",
+            'model = gkd_dist.load_model("URL of this folder")',
+            f"logits = model(x, edge_index)  # x [n, {graph['num_features']}], edge_index [2, m]",
+            "```",
+            "",
+        ]
+    )
+
+
+def _loss_line(loss: Any) -> str:
+    options = loss.model_dump(mode="json", exclude_defaults=True, exclude={"kind", "weight"})
+    text = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"loss {loss.kind}, weight {loss.weight:g}" + (f" ({text})" if text else "")
+
+
+def _results(metrics: dict[str, Any]) -> list[str]:
+    rows = [
+        "| model | metric | train | val | test | parameters | agreement |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, values in metrics.get("models", {}).items():
+        splits = [_percent(values["accuracy"].get(split)) for split in ("train", "val", "test")]
+        rows.append(
+            f"| {name} | {values['metric']} | {' | '.join(splits)} | {values['num_params']:,} | "
+            f"{_percent(values.get('agreement'))} |"
+        )
+    return rows if len(rows) > 2 else ["Not evaluated."]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"

@@ -1,0 +1,86 @@
+"""Fingerprints of the stages: what a result depends on, and nothing else.
+
+A fingerprint covers the stage's part of the configuration, the fingerprints of its inputs and a
+format version. What only changes speed or place (workers, threads, budgets, launchers) is left
+out, so that a run may go on elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gkd_dist.config import Config, LabelLoss, TrainConfig
+from gkd_dist.config_file import config_fingerprint
+
+FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 1, "evaluation": 1}
+_TRAINING = (
+    "epochs",
+    "lr",
+    "weight_decay",
+    "optimizer",
+    "momentum",
+    "grad_clip",
+    "lr_schedule",
+    "patience",
+    "eval_every",
+    "units_per_step",
+    "parts_per_unit",
+    "shuffle",
+)
+
+
+def graph_fingerprint(config: Config) -> str:
+    """Of the graph store."""
+    return _of("graph", config.graph, config.partition, config.halo_hops(), config.seed)
+
+
+def trained_teacher_fingerprint(config: Config) -> str:
+    """Of a teacher that is trained here."""
+    return _of("teacher", config.teacher.model, training(config.teacher.train), graph_fingerprint(config), config.seed)
+
+
+def given_teacher_fingerprint(config: Config, weights_sha256: str) -> str:
+    """Of a teacher that comes from a checkpoint."""
+    return _of("teacher", config.teacher.model, weights_sha256, graph_fingerprint(config))
+
+
+def knowledge_fingerprint(config: Config, teacher: str, weights_sha256: str, wants: Any) -> str:
+    """Of the knowledge of one teacher about one graph: its weights, what is stored, and how."""
+    return _of("knowledge", graph_fingerprint(config), teacher, weights_sha256, wants, config.infer.dtype)
+
+
+def student_fingerprint(config: Config, knowledge: str | None) -> str:
+    """Of a student; ``knowledge`` None is the one that trains alone."""
+    losses = config.losses if knowledge is not None else tuple(x for x in config.losses if isinstance(x, LabelLoss))
+    return _of(
+        "student",
+        config.student.model,
+        losses,
+        training(config.distill),
+        config.distill.precision,
+        config.distill.deepspeed,
+        graph_fingerprint(config),
+        knowledge,
+        config.seed,
+    )
+
+
+def evaluation_fingerprint(models: dict[str, str], knowledge: str) -> str:
+    """Of ``metrics.json``; ``models`` are fingerprints by name."""
+    return _of("evaluation", models, knowledge)
+
+
+def training(config: TrainConfig) -> dict[str, Any]:
+    """The fields of a training section that change its result."""
+    return config.model_dump(mode="json", include=set(_TRAINING))
+
+
+def _of(kind: str, *values: Any) -> str:
+    plain = [value.model_dump(mode="json") if hasattr(value, "model_dump") else _plain(value) for value in values]
+    return config_fingerprint([kind, FORMAT[kind], plain])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value]
+    return value

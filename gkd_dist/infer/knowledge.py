@@ -1,0 +1,75 @@
+"""What a knowledge store is called inside, and what its manifest says of the whole graph.
+
+A knowledge part lies beside the graph part of the same number and holds, each only if wanted::
+
+    logits                     [o, c]    outputs of the last layer
+    scores.<layer>.<metric>    [m]       raw scores of the in-edges of owned nodes, in edge order
+    embeddings.<layer>         [n, d_l]  z_l of owned nodes and of their first halo hop
+
+Shapes: ``o`` owned nodes; ``n`` owned and first-hop halo nodes; ``m`` in-edges of owned nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd_dist.infer.plan import Wants
+from gkd_dist.losses import median
+from gkd_dist.models.io import ModelSpec
+
+KIND = "knowledge"
+LOGITS = "logits"
+Histogram = dict[int, int]  # key of `losses.median` to count, only where the count is not 0
+
+
+def score_name(layer: int, metric: str) -> str:
+    """Name of a stored score tensor."""
+    return f"scores.{layer}.{metric}"
+
+
+def embedding_name(layer: int) -> str:
+    """Name of a stored embedding tensor."""
+    return f"embeddings.{layer}"
+
+
+def score_histogram(scores: Tensor, self_loops: Tensor) -> Histogram:
+    """Histogram of ``scores`` [m] without those of ``self_loops`` bool [m], small enough for a record."""
+    counts = median.score_histogram(scores[~self_loops])
+    keys = torch.nonzero(counts).flatten()
+    return dict(zip(keys.tolist(), counts[keys].tolist(), strict=True))
+
+
+def add_histogram(total: Histogram, part: Mapping[int, int]) -> None:
+    """Adds ``part`` to ``total`` in place."""
+    for key, count in part.items():
+        total[key] = total.get(key, 0) + count
+
+
+def median_score(histogram: Mapping[int, int]) -> float | None:
+    """Lower median of the scores behind ``histogram``; None where there are none."""
+    if not histogram:
+        return None
+    dense = torch.zeros(median.NUM_KEYS, dtype=torch.int64)
+    dense[torch.tensor(list(histogram))] = torch.tensor(list(histogram.values()))
+    return median.median_of_histogram(dense)
+
+
+def knowledge_meta(
+    wants: Wants, depth: int, spec: ModelSpec, dtype: str, histograms: Mapping[str, Histogram]
+) -> dict[str, Any]:
+    """``meta`` of the manifest; ``depth`` 0 stands for k-hop mode."""
+    names = [score_name(layer, metric) for layer, metric in wants.score_names()]
+    return {
+        "mode": "layerwise" if depth else "khop",
+        "num_layers": spec.config.layers,
+        "num_classes": spec.out_channels,
+        "task": spec.task,
+        "dtype": dtype,
+        "logits": wants.logits,
+        "scores": {name.removeprefix("scores."): {"median": median_score(histograms.get(name, {}))} for name in names},
+        "embeddings": sorted(wants.embeddings),
+    }

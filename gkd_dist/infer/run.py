@@ -1,0 +1,259 @@
+"""The driver of an inference run: hands out tasks, commits what comes back, publishes last.
+
+It holds O(parts + borders): metadata of objects, never a tensor. Where the tasks run is the
+`Executor`'s business: Ray actors (`actor.ActorPool`) or this process (`local.LocalExecutor`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from gkd_dist import layout
+from gkd_dist.config import InferConfig
+from gkd_dist.errors import ManifestError, ModelError, NewerSchemaError, ObjectNotFoundError
+from gkd_dist.infer.commits import Commits
+from gkd_dist.infer.knowledge import KIND, Histogram, add_histogram, knowledge_meta
+from gkd_dist.infer.layerwise import copy_name
+from gkd_dist.infer.local import LocalExecutor
+from gkd_dist.infer.plan import KNOWLEDGE, Schedule, Task, TaskGraph, Wants
+from gkd_dist.infer.worker import Job, Request, Result, model_digest, trim
+from gkd_dist.models.io import ModelSpec, read_model, read_model_document
+from gkd_dist.models.layered import is_layered
+from gkd_dist.partition.store import GraphStore
+from gkd_dist.shards.manifest import Manifest, ObjectEntry
+from gkd_dist.storage import Storage
+
+log = logging.getLogger(__name__)
+_READERS = 16
+
+
+class Executor(Protocol):
+    """Where tasks run."""
+
+    @property
+    def num_slots(self) -> int:
+        """Tasks that may be in flight."""
+
+    def submit(self, request: Request) -> None:
+        """Starts a task, or queues it."""
+
+    def wait(self) -> list[tuple[Task, Result]]:
+        """Results that have arrived; waits a bounded time and may return none."""
+
+    def discard(self) -> None:
+        """Forgets all tasks in flight."""
+
+
+def infer_nodes(
+    model_storage: Storage,
+    graph: GraphStore,
+    out: Storage,
+    wants: Wants,
+    settings: InferConfig,
+    *,
+    fingerprint: str,
+    pool: Executor | None = None,
+    allow_code: Collection[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    ownership_check: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Runs the model at ``model_storage`` over every node of ``graph``; returns the manifest in ``out``.
+
+    ``pool`` are Ray actors, None: this process. ``progress(done, total)`` counts tasks.
+    ``ownership_check`` runs before every commit and may raise to stop the run. A run that was
+    interrupted goes on where it stopped; one that is finished returns at once. Raises `ModelError`
+    where the model does not fit the graph or lacks a wanted layer.
+    """
+    before = _published(out)
+    if before is not None and before.fingerprint == fingerprint:
+        out.delete_tree(layout.layer_outputs(fingerprint))
+        return before
+    model, spec = read_model(model_storage, allow_code)
+    document = read_model_document(model_storage)
+    _check_model(model, spec, graph, wants)
+    plan = plan_tasks(model, graph, wants)
+    job = _job(model_storage, document, graph, out, wants, settings, fingerprint, tuple(allow_code), plan)
+    del model  # the workers hold their own
+    run = _Run(plan, job, pool or LocalExecutor(), Commits(job.tmp, fingerprint), ownership_check)
+    run.drive(progress)
+    manifest = Manifest(
+        KIND,
+        fingerprint,
+        {"graph": graph.manifest.fingerprint, "model": str(document["fingerprint"])},
+        knowledge_meta(wants, plan.depth, spec, settings.dtype, run.histograms),
+        run.knowledge_entries(),
+    )
+    ownership_check()
+    manifest.save(out)
+    _clean_up(out, before, manifest)
+    return manifest
+
+
+def _published(out: Storage) -> Manifest | None:
+    """What an earlier run left; a manifest that cannot be read is as good as none."""
+    if not out.exists(layout.MANIFEST):
+        return None
+    try:
+        return Manifest.load(out, KIND)
+    except NewerSchemaError:
+        raise
+    except ManifestError:
+        return None
+
+
+def _clean_up(out: Storage, before: Manifest | None, manifest: Manifest) -> None:
+    """Deletes the layer outputs, and the objects of the manifest that was just replaced."""
+    out.delete_tree(layout.layer_outputs(manifest.fingerprint))
+    kept = {entry.key for entry in manifest.parts}
+    for entry in before.parts if before else ():
+        if entry.key not in kept:
+            _delete(out, entry.key)
+
+
+def _delete(storage: Storage, key: str) -> None:
+    with suppress(ObjectNotFoundError):
+        storage.delete(key)
+
+
+def _check_model(model: nn.Module, spec: ModelSpec, graph: GraphStore, wants: Wants) -> None:
+    if spec.in_channels != graph.num_features:
+        raise ModelError(
+            f"the model reads {spec.in_channels} features per node, the graph at {graph.storage.url} has "
+            f"{graph.num_features}; use a graph with the features that the model was trained on"
+        )
+    if not is_layered(model):
+        if wants.layers or not wants.logits:
+            raise ModelError(
+                f"{spec.config.kind} has no layers to take scores or embeddings from; "
+                "give it num_layers, forward_layer and activate, or drop the losses that read teacher layers"
+            )
+        hops = graph.manifest.meta["halo_hops"]
+        log.warning(
+            "%s is not layered: it runs on each part with its %d halo hops (k-hop mode), which is exact while it looks "
+            "no further; a model that normalises by the degree of neighbours looks one hop further than its depth",
+            spec.config.kind,
+            hops,
+        )
+
+
+def plan_tasks(model: Any, graph: GraphStore, wants: Wants) -> TaskGraph:
+    """All tasks for ``model``; models that are not layered get knowledge tasks alone."""
+    depth = wants.depth(model.num_layers) if is_layered(model) else 0
+    if depth > 1 or (depth == 1 and wants.layers):
+        return TaskGraph(depth, read_borders(graph), wants)
+    return TaskGraph(depth, [()] * graph.num_parts, wants)
+
+
+def read_borders(graph: GraphStore) -> list[list[int]]:
+    """For every part, the parts that own its first halo hop, ascending."""
+    borders: list[list[int]] = [[] for _ in range(graph.num_parts)]
+    with ThreadPoolExecutor(_READERS, "borders") as readers:
+        plans = readers.map(lambda part: graph.part(part, ["send_part"])["send_part"].tolist(), range(graph.num_parts))
+        for sender, receivers in enumerate(plans):
+            for receiver in receivers:
+                borders[receiver].append(sender)
+    return borders
+
+
+def _job(
+    model: Storage,
+    document: dict[str, Any],
+    graph: GraphStore,
+    out: Storage,
+    wants: Wants,
+    settings: InferConfig,
+    fingerprint: str,
+    allow_code: tuple[str, ...],
+    plan: TaskGraph,
+) -> Job:
+    return Job(
+        model=model,
+        model_digest=model_digest(document),
+        allow_code=allow_code,
+        graph=graph.storage,
+        graph_fingerprint=graph.manifest.fingerprint,
+        tmp=out.child(layout.layer_outputs(fingerprint)),
+        out=out,
+        wants=wants,
+        depth=plan.depth,
+        sends=frozenset(layer for layer in range(1, plan.depth + 1) if plan.sends(layer)),
+        dtype=settings.dtype,
+        threads=settings.threads,
+        device="cuda" if settings.gpus_per_actor else "cpu",
+    )
+
+
+@dataclass
+class _Run:
+    """One run at work: what is in flight, what is committed and still needed."""
+
+    plan: TaskGraph
+    job: Job
+    executor: Executor
+    commits: Commits
+    ownership_check: Callable[[], None]
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    _entries: dict[Task, ObjectEntry] = field(default_factory=dict)
+
+    def drive(self, progress: Callable[[int, int], None]) -> None:
+        """Runs every task that is not committed yet."""
+        schedule = self._resume()
+        progress(schedule.num_done, schedule.num_tasks)
+        in_flight = 0
+        try:
+            while not schedule.finished:
+                for task in schedule.take(self.executor.num_slots - in_flight):
+                    self.executor.submit(self._request(task))
+                    in_flight += 1
+                for task, result in self.executor.wait():
+                    in_flight -= 1
+                    self._commit(schedule, task, result)
+                    progress(schedule.num_done, schedule.num_tasks)
+        finally:
+            self.executor.discard()
+
+    def knowledge_entries(self) -> tuple[ObjectEntry, ...]:
+        """Entries of the knowledge parts, in part order."""
+        return tuple(self._entries[Task(KNOWLEDGE, part)] for part in range(self.plan.num_parts))
+
+    def _resume(self) -> Schedule:
+        results = self.commits.resume(self.plan.tasks())
+        schedule = Schedule(self.plan, results)
+        for task, result in results.items():
+            self._keep(task, result)
+        for task in results:
+            if task.layer != KNOWLEDGE and not schedule.is_read(task):
+                del self._entries[task]  # what an interruption left of it goes with the folder
+        if results:
+            log.info("resuming: %d of %d tasks were done before", schedule.num_done, schedule.num_tasks)
+        return schedule
+
+    def _request(self, task: Task) -> Request:
+        inputs = {need: self._entries[need] for need in self.plan.needs(task)}
+        for need, entry in inputs.items():
+            if need.part != task.part:
+                inputs[need] = trim(entry, ("owned", copy_name(task.part)))
+        return Request(self.job, task, inputs)
+
+    def _commit(self, schedule: Schedule, task: Task, result: Result) -> None:
+        self.ownership_check()
+        if self.commits.add(task, result):
+            self._keep(task, result)
+            for released in schedule.finish(task):
+                self._release(released)
+
+    def _keep(self, task: Task, result: Result) -> None:
+        self._entries[task] = result.entry
+        for name, histogram in result.histograms.items():
+            add_histogram(self.histograms.setdefault(name, {}), histogram)
+
+    def _release(self, task: Task) -> None:
+        """Deletes a layer output that no task reads any more; its record stays, so that it is not redone."""
+        _delete(self.job.tmp, self._entries.pop(task).key)

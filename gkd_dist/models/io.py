@@ -1,0 +1,211 @@
+"""Model folders: ``model.json`` (what to build) and ``model.safetensors`` (the weights).
+
+Nothing stored here can run code: a ``module:attr`` model is only imported where the caller names it
+in ``allow_code``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from gkd_dist import layout
+from gkd_dist.config import BUILT_IN_MODELS, ModelConfig, StorageConfig
+from gkd_dist.errors import DataError, ModelError, ObjectNotFoundError
+from gkd_dist.models.build import build_model
+from gkd_dist.shards.codec import decode, encode
+from gkd_dist.storage import Storage
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything beside the weights that is needed to rebuild and use a model."""
+
+    config: ModelConfig
+    in_channels: int
+    out_channels: int
+    task: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(storage: Storage, model: nn.Module, spec: ModelSpec, fingerprint: str) -> str:
+    """Writes weights, then ``model.json``; returns the sha256 of the weights."""
+    data = encode({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    digest = hashlib.sha256(data).hexdigest()
+    storage.write(layout.MODEL_WEIGHTS, data)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "config": spec.config.model_dump(mode="json"),
+        "in_channels": spec.in_channels,
+        "out_channels": spec.out_channels,
+        "task": spec.task,
+        "layer_names": [f"layer {layer}" for layer in range(1, spec.config.layers + 1)],
+        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "weights": {"key": layout.MODEL_WEIGHTS, "num_bytes": len(data), "sha256": digest},
+        "meta": spec.meta,
+    }
+    storage.write_json(layout.MODEL_JSON, document)
+    return digest
+
+
+def read_model_document(storage: Storage) -> dict[str, Any]:
+    """``model.json`` after a check of its version; `ModelError` where it is missing or malformed."""
+    where = f"{storage.url}/{layout.MODEL_JSON}"
+    try:
+        document = storage.read_json(layout.MODEL_JSON)
+    except ObjectNotFoundError as error:
+        raise ModelError(
+            f"no model at {storage.url} ({layout.MODEL_JSON} is missing); train one or correct the URL"
+        ) from error
+    except ValueError as error:
+        raise ModelError(f"{where} is not JSON; write the model again") from error
+    if not isinstance(document, dict) or not isinstance(document.get("format_version"), int):
+        raise ModelError(f"{where} is not a model description; write the model again")
+    if document["format_version"] > FORMAT_VERSION:
+        raise ModelError(
+            f"{where} has format {document['format_version']}, this version reads {FORMAT_VERSION}; upgrade gkd_dist"
+        )
+    return document
+
+
+def _spec(document: dict[str, Any], where: str) -> ModelSpec:
+    try:
+        return ModelSpec(
+            ModelConfig.model_validate(document["config"]),
+            int(document["in_channels"]),
+            int(document["out_channels"]),
+            str(document["task"]),
+            dict(document.get("meta", {})),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise ModelError(f"{where} lacks or garbles a field ({error}); write the model again") from error
+
+
+def read_model(storage: Storage, allow_code: Collection[str] = ()) -> tuple[nn.Module, ModelSpec]:
+    """The module in eval mode and its description.
+
+    ``allow_code`` names the ``module:attr`` classes that may be imported. Raises `ModelError`
+    for a missing, truncated or altered model.
+    """
+    document = read_model_document(storage)
+    spec = _spec(document, f"{storage.url}/{layout.MODEL_JSON}")
+    kind = spec.config.kind
+    if kind not in BUILT_IN_MODELS and kind not in allow_code:
+        raise ModelError(
+            f"the model at {storage.url} is the user class {kind}; pass allow_code=[{kind!r}] to import it"
+        )
+    model = build_model(spec.config, spec.in_channels, spec.out_channels)
+    load_weights(model, _read_weights(storage, document), storage.url)
+    return model.eval(), spec
+
+
+def read_weights(storage: Storage) -> tuple[dict[str, Tensor], int]:
+    """Weights of a model folder after a check of their digest, and their bytes."""
+    document = read_model_document(storage)
+    weights = _read_weights(storage, document)
+    return weights, int(document["weights"]["num_bytes"])
+
+
+def _read_weights(storage: Storage, document: dict[str, Any]) -> dict[str, Tensor]:
+    where = f"{storage.url}/{layout.MODEL_WEIGHTS}"
+    try:
+        data = storage.read(layout.MODEL_WEIGHTS)
+    except ObjectNotFoundError as error:
+        raise ModelError(f"{where} is missing; train the model again") from error
+    expected = document.get("weights", {})
+    if len(data) != expected.get("num_bytes") or hashlib.sha256(data).hexdigest() != expected.get("sha256"):
+        raise ModelError(
+            f"{where} is truncated or altered ({len(data):,} bytes, expected {expected.get('num_bytes'):,} and "
+            "another digest); train the model again"
+        )
+    return decode(data)
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """``load_state_dict`` with one sentence instead of a page where the state does not fit."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        parts = [f"lacks {missing[0]} ({len(missing)} missing)"] if missing else []
+        parts += [f"has the unknown {extra[0]} ({len(extra)} unknown)"] if extra else []
+        raise ModelError(
+            f"the weights at {where} do not fit the model: it {' and '.join(parts)}; correct model kind, layers or norm"
+        )
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise ModelError(
+                f"the weights at {where} do not fit: {name} has shape {list(state[name].shape)}, the model and the data "
+                f"need {list(value.shape)}; correct the model's hidden, heads and layers, or use data of the same width"
+            )
+    model.load_state_dict(state)
+
+
+def read_checkpoint(url: str, config: StorageConfig | None = None) -> dict[str, Tensor]:
+    """Weights from a user's checkpoint: a model folder, a safetensors file or a ``state_dict``.
+
+    A ``state_dict`` is read with ``weights_only=True``, so no code runs. Raises `ModelError`.
+    """
+    parent, _, name = url.rstrip("/").rpartition("/")
+    if name.endswith((".safetensors", ".pt", ".pth", ".bin", ".ckpt")):
+        storage = Storage.open(parent or ".", config)
+        try:
+            data = storage.read(name)
+        except ObjectNotFoundError as error:
+            raise ModelError(
+                f"no checkpoint at {url}; correct teacher.checkpoint or set it to null to train one"
+            ) from error
+        return _decode_safetensors(data, url) if name.endswith(".safetensors") else _decode_state_dict(data, url)
+    storage = Storage.open(url, config)
+    return _read_weights(storage, read_model_document(storage))
+
+
+def _decode_safetensors(data: bytes, url: str) -> dict[str, Tensor]:
+    try:
+        return decode(data)
+    except DataError as error:
+        raise ModelError(
+            f"the checkpoint {url} is truncated or no safetensors file ({error}); copy it again"
+        ) from error
+
+
+def _decode_state_dict(data: bytes, url: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file; all mean the same to the user
+        raise ModelError(
+            f"the checkpoint {url} is truncated or holds more than tensors ({type(error).__name__}); "
+            "save it as safetensors or as a plain state_dict"
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"the checkpoint {url} is no state_dict of tensors; save model.state_dict()")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_model(url: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None) -> nn.Module:
+    """The module stored at ``url`` in eval mode; ``forward(x, edge_index)`` on a whole graph."""
+    return read_model(Storage.open(url, storage), allow_code)[0]
+
+
+def load_student(
+    run: str, name: str = "distilled", allow_code: Collection[str] = (), storage: StorageConfig | None = None
+) -> nn.Module:
+    """The student ``name`` of the run at URL ``run``."""
+    return read_model(Storage.open(run, storage).child(layout.student(name)), allow_code)[0]
+
+
+def load_teacher(run: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None) -> nn.Module:
+    """The teacher of the run at URL ``run``."""
+    return read_model(Storage.open(run, storage).child(layout.TEACHER), allow_code)[0]

@@ -1,0 +1,33 @@
+"""What can be known of devices and launchers before a process or a GPU is taken."""
+
+from __future__ import annotations
+
+import os
+
+from gkd_dist.config import Config
+from gkd_dist.errors import ConfigError
+
+
+def check_devices(config: Config) -> None:
+    """`ConfigError` for a precision that the device lacks, or more GPUs than a local Ray can have."""
+    if config.distill.precision == "fp16":
+        from gkd_dist.distill.engine import check_precision
+
+        check_precision(config.distill)
+    _check_local_gpus(config)
+
+
+def _check_local_gpus(config: Config) -> None:
+    infer, distill = config.infer, config.distill
+    wanted = max(infer.num_actors * infer.gpus_per_actor, distill.num_workers * distill.gpus_per_worker)
+    local = config.ray.address == "local" and "RAY_ADDRESS" not in os.environ
+    if not wanted or not local:
+        return  # a cluster is asked when it answers
+    import torch
+
+    present = torch.cuda.device_count()
+    if wanted > present:
+        raise ConfigError(
+            f"the run asks for {wanted:g} GPUs at a time (infer.gpus_per_actor, distill.gpus_per_worker), here are "
+            f"{present}; lower them, or set ray.address to a cluster that has them"
+        )

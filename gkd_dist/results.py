@@ -1,0 +1,199 @@
+"""The last stages: exact evaluation, export, report. Same protocol as `stages`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from gkd_dist import fingerprints as fp
+from gkd_dist import layout, stages
+from gkd_dist.config import LspLoss, resolve_layer
+from gkd_dist.errors import ObjectNotFoundError
+from gkd_dist.models.io import read_model, read_model_document
+from gkd_dist.session import Session
+from gkd_dist.shards.manifest import Manifest
+from gkd_dist.storage import Storage
+
+log = logging.getLogger(__name__)
+EXPORT = "export"
+CARD = "README.md"
+PREDICTIONS = "predictions"
+
+# --- evaluate --------------------------------------------------------------------------------
+
+
+def evaluate_fingerprint(session: Session) -> str:
+    """Of ``metrics.json``."""
+    return fp.evaluation_fingerprint(stages.student_fingerprints(session), stages.infer_fingerprint(session))
+
+
+def evaluate_done(session: Session) -> bool:
+    """Whether ``metrics.json`` is about today's models."""
+    return bool(_metrics(session).get("fingerprint") == evaluate_fingerprint(session))
+
+
+def _metrics(session: Session) -> dict[str, Any]:
+    try:
+        metrics = session.run.read_json(layout.METRICS)
+    except (ObjectNotFoundError, ValueError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def evaluate(session: Session) -> None:
+    """Exact layer-wise inference of every student; metrics of all models into ``metrics.json``."""
+    storage = stages.knowledge_folder(session)
+    knowledge = (storage, Manifest.load(storage, "knowledge", stages.infer_fingerprint(session)))
+    models = {"teacher": _measure(session, session.teacher, knowledge, None)}
+    for name, fingerprint in stages.student_fingerprints(session).items():
+        predictions = _predict(session, name, fingerprint)
+        models[name] = _measure(session, session.student(name), predictions, knowledge)
+    session.check_ownership()
+    session.run.write_json(
+        layout.METRICS,
+        {
+            "fingerprint": evaluate_fingerprint(session),
+            "seed": session.config.seed,
+            "models": models,
+            "stages": _stage_facts(session, models),
+            "versions": versions(),
+        },
+    )
+
+
+def _first_lsp(session: Session) -> LspLoss | None:
+    return next((loss for loss in session.config.losses if isinstance(loss, LspLoss)), None)
+
+
+def _predict(session: Session, name: str, fingerprint: str) -> tuple[Storage, Manifest]:
+    """Logits of a student at full precision, and the scores that its LSP value is computed from."""
+    from gkd_dist.infer.plan import Wants
+    from gkd_dist.infer.run import infer_nodes
+
+    term = _first_lsp(session)
+    layers = session.config.student.model.layers
+    scores = {} if term is None else {resolve_layer(term.student_layer, layers): {term.metric}}
+    out = session.student(name).child(PREDICTIONS)
+    with stages.task_progress(session, f"evaluate {name}") as progress:
+        manifest = infer_nodes(
+            session.student(name),
+            stages.open_graph(session),
+            out,
+            Wants(True, scores),
+            session.config.infer.model_copy(update={"dtype": "fp32"}),
+            fingerprint=fp.evaluation_fingerprint({name: fingerprint}, repr(scores)),
+            pool=session.actors(),
+            allow_code=session.allow_code,
+            progress=progress,
+            ownership_check=session.check_ownership,
+        )
+    return out, manifest
+
+
+def _measure(
+    session: Session, folder: Storage, predictions: tuple[Storage, Manifest], teacher: tuple[Storage, Manifest] | None
+) -> dict[str, Any]:
+    """One row of the table."""
+    from gkd_dist.evaluate import evaluate_logits, lsp_divergence
+    from gkd_dist.inference_time import inference_seconds
+
+    graph = stages.open_graph(session)
+    values = evaluate_logits(graph, predictions, teacher)
+    model, _ = read_model(folder, session.allow_code)
+    term = _first_lsp(session)
+    return {
+        "metric": values["metric"],
+        "accuracy": {split: values[split] for split in ("train", "val", "test")},
+        "num_params": sum(parameter.numel() for parameter in model.parameters()),
+        "inference_s": inference_seconds(model, graph),
+        "agreement": values.get("agreement"),
+        "lsp_kl": None if term is None or teacher is None else lsp_divergence(graph, predictions, teacher, term),
+    }
+
+
+def _stage_facts(session: Session, models: dict[str, Any]) -> dict[str, Any]:
+    """Wall time and memory of every stage, and what training said of itself."""
+    from gkd_dist.flow import stage_records
+
+    facts: dict[str, Any] = {
+        name: {key: record[key] for key in ("wall_s", "peak_rss_bytes")}
+        for name, record in stage_records(session).items()
+    }
+    folders = {"teach": session.teacher} | {f"distill {n}": session.student(n) for n in models if n != "teacher"}
+    for name, folder in folders.items():
+        summary = read_model_document(folder).get("meta", {}).get("summary")
+        if summary:
+            keys = ("epochs_run", "best_epoch", "best_val", "wall_s", "peak_rss_bytes")
+            facts[name] = {key: summary[key] for key in keys}
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("gkd_dist", "torch", "torch-geometric", "ray", "deepspeed", "fsspec", "safetensors", "pymetis"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# --- export ----------------------------------------------------------------------------------
+
+
+def export_fingerprint(session: Session) -> str:
+    """Of the exported student."""
+    return stages.student_fingerprints(session)["distilled"]
+
+
+def export_done(session: Session) -> bool:
+    """Whether the export is of today's student and has its card."""
+    folder = session.run.child(EXPORT)
+    return stages.model_fingerprint(folder) == export_fingerprint(session) and folder.exists(CARD)
+
+
+def export(session: Session) -> None:
+    """Copies the distilled student out of the run and describes it in a model card."""
+    from gkd_dist.export import export_student, model_card
+
+    folder = session.run.child(EXPORT)
+    session.check_ownership()
+    graph = stages.open_graph(session).manifest.meta
+    folder.write(CARD, model_card(session.config, graph, _metrics(session)).encode())
+    export_student(session.student("distilled"), folder, export_fingerprint(session), session.allow_code)
+
+
+# --- report ----------------------------------------------------------------------------------
+
+
+def report_fingerprint(session: Session) -> str:
+    """Of ``report.html``."""
+    return evaluate_fingerprint(session)
+
+
+def report_done(session: Session) -> bool:
+    """Whether the report is there and about today's metrics."""
+    try:
+        record = session.run.read_json(layout.stage_record("report"))
+    except (ObjectNotFoundError, ValueError):
+        return False
+    return record.get("fingerprint") == report_fingerprint(session) and session.run.exists(layout.REPORT)
+
+
+def report(session: Session) -> None:
+    """Writes ``report.html``."""
+    from gkd_dist.config_file import dump_config
+    from gkd_dist.report import build_report
+    from gkd_dist.tensorboard import read_curves
+
+    manifest = stages.open_graph(session).manifest
+    partition = {"meta": manifest.meta, "parts": [part.counts for part in manifest.parts]}
+    names = ("teacher", *stages.student_fingerprints(session))
+    curves = {name: read_curves(session.run.child(f"{layout.TENSORBOARD}/{name}")) for name in names}
+    html = build_report(_metrics(session), curves, partition, dump_config(session.config))
+    session.check_ownership()
+    session.run.write(layout.REPORT, html.encode())

@@ -1,0 +1,96 @@
+"""Floats in fewer bytes: value = scale * q with a power of two as scale, and a measured bound.
+
+A power of two changes no significant digit. It maps the largest finite value into the range of the
+stored dtype (squared distances of wide features exceed 65,504, the largest float16), and for
+float16 to the top of it, where the fewest small values fall below its normal numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd_dist.errors import ShardError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SMALLEST_EXPONENT = -100  # keeps the scale and its inverse normal float32 numbers
+_CHUNK = 1 << 20
+
+
+def pack_float(tensor: Tensor, dtype: str) -> tuple[Tensor, dict[str, Any]]:
+    """``tensor`` (any float dtype and shape) in ``dtype``: ``fp32``, ``fp16`` or ``bf16``.
+
+    Returns the packed tensor and ``{"scale": s, "bound": e}``: after `unpack_float` no finite value
+    is off by more than ``e``. Finite values stay finite; NaN and infinities are kept.
+
+    ShardError for a dtype that is none of these and for float64 values beyond float32.
+    """
+    target = _dtype(dtype)
+    if not tensor.is_floating_point():
+        raise ShardError(f"only floats are packed (got {tensor.dtype}); store integers as they are")
+    values = tensor.detach().float().contiguous()
+    if tensor.dtype == torch.float64 and not torch.equal(values.isfinite(), tensor.isfinite()):
+        raise ShardError("a float64 value is too large for float32; scale the values down before storing them")
+    scale = _scale(values, target)
+    packed = torch.empty_like(values, dtype=target)
+    bound = 0.0
+    source, out, exact = values.reshape(-1), packed.reshape(-1), tensor.detach().reshape(-1)
+    for start in range(0, source.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        out[part] = _round(source[part], target, scale)
+        bound = max(bound, _error(exact[part], out[part], scale))
+    return packed, {"scale": scale, "bound": bound}
+
+
+def unpack_float(tensor: Tensor, info: Mapping[str, Any]) -> Tensor:
+    """Float32 values of a packed tensor; ``info`` is what `pack_float` returned."""
+    scale = info.get("scale")
+    if not isinstance(scale, (int, float)) or not scale > 0 or math.frexp(scale)[0] != 0.5:
+        raise ShardError(f"packed floats have scale {scale!r}, expected a power of two; write the shard again")
+    values = tensor.float()
+    return values if scale == 1 else values * scale
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ShardError(f"floats are packed as {', '.join(DTYPES)} (got {name!r}); choose one of these")
+    return DTYPES[name]
+
+
+def _scale(values: Tensor, target: torch.dtype) -> float:
+    """The power of two that brings the largest finite value into the range of ``target``."""
+    if target == torch.float32 or values.numel() == 0:
+        return 1.0
+    largest = max(
+        float(torch.where(part.isfinite(), part.abs(), part.new_zeros(())).max())
+        for part in values.reshape(-1).split(_CHUNK)
+    )
+    limit = torch.finfo(target).max
+    if largest == 0 or (target == torch.bfloat16 and largest <= limit):
+        return 1.0  # bfloat16 has the exponents of float32
+    fraction, exponent = math.frexp(largest / limit)  # largest / limit = fraction * 2**exponent, fraction in [0.5, 1)
+    if fraction == 0.5:
+        exponent -= 1
+    return 2.0 ** max(exponent, _SMALLEST_EXPONENT)
+
+
+def _round(values: Tensor, target: torch.dtype, scale: float) -> Tensor:
+    """Nearest stored values; one step towards zero where the nearest would unpack to infinity."""
+    packed = (values / scale).to(target)
+    overflow = values.isfinite() & (packed.float() * scale).isinf()
+    if bool(overflow.any()):
+        # sign and magnitude: the pattern minus one is the neighbour towards zero
+        pattern = packed.view(torch.int16)
+        pattern[overflow] -= 1
+    return packed
+
+
+def _error(values: Tensor, packed: Tensor, scale: float) -> float:
+    """Largest absolute error over the finite values."""
+    exact = values.double()
+    error = (exact - (packed.float() * scale).double()).abs()
+    return float(torch.where(exact.isfinite(), error, error.new_zeros(())).max())

@@ -1,0 +1,124 @@
+"""Reads shards: nothing is returned before its crc32 was checked against the manifest.
+
+A whole object is one buffer that all its tensors share: keep what is needed, or clone it. Named
+tensors are fetched by byte range; ranges that touch or nearly touch become one request.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gkd_dist.errors import ObjectNotFoundError, ShardError
+from gkd_dist.shards.codec import Span, dtype_from_name, read_spans, take
+from gkd_dist.shards.manifest import ObjectEntry, TensorEntry
+from gkd_dist.storage import Storage
+
+_LARGEST_GAP = 64 << 10  # bytes worth reading and dropping instead of asking a store once more
+_ACTION = "run `gkd verify` to see what else is damaged, then the stage that writes it again"
+
+
+def read_shard(storage: Storage, entry: ObjectEntry, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """All tensors of an object, or only ``names``, on the CPU.
+
+    ShardError, with the key, for an object that is missing, truncated or altered, and for a name
+    that it does not have.
+    """
+    if names is None or {tensor.name for tensor in entry.tensors} <= set(names):
+        _pick(storage, entry, names or ())
+        return _read_whole(storage, entry)
+    wanted = _pick(storage, entry, names)
+    tensors: dict[str, Tensor] = {}
+    for group in merge_ranges(wanted):
+        tensors.update(_read_group(storage, entry, group))
+    return {name: tensors[name] for name in names}
+
+
+def merge_ranges(entries: Sequence[TensorEntry], largest_gap: int = _LARGEST_GAP) -> list[list[TensorEntry]]:
+    """Groups of tensors, by offset, that one request reads: gaps inside are at most ``largest_gap`` bytes."""
+    groups: list[list[TensorEntry]] = []
+    for entry in sorted(entries, key=lambda e: (e.start, e.stop)):
+        if groups and entry.start - groups[-1][-1].stop <= largest_gap:
+            groups[-1].append(entry)
+        else:
+            groups.append([entry])
+    return groups
+
+
+def read_object(storage: Storage, entry: ObjectEntry) -> memoryview:
+    """Bytes of an object, writable, with size and crc32 as in the manifest; else ShardError."""
+    buffer = bytearray(entry.num_bytes + 1)  # one more, to notice a longer object without asking its size
+    _check_size(storage, entry, _fill(storage, entry, buffer, 0), longer_is_wrong=True)
+    view = memoryview(buffer)[: entry.num_bytes]
+    _check_crc(storage, entry, "", zlib.crc32(view), entry.crc32)
+    return view
+
+
+def _read_whole(storage: Storage, entry: ObjectEntry) -> dict[str, Tensor]:
+    view = read_object(storage, entry)
+    try:
+        spans = read_spans(view)
+        if spans != tuple(_span(tensor) for tensor in entry.tensors):
+            raise ShardError(f"it holds {[s.name for s in spans]}, the manifest describes other tensors; {_ACTION}")
+        return {span.name: take(view, span) for span in spans}
+    except ShardError as error:
+        raise ShardError(f"{storage.describe(entry.key)}: {error}") from error
+
+
+def _read_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry]) -> dict[str, Tensor]:
+    origin, stop = group[0].start, max(tensor.stop for tensor in group)
+    buffer = bytearray(stop - origin)
+    _check_size(storage, entry, origin + _fill(storage, entry, buffer, origin), needed=stop)
+    view = memoryview(buffer)
+    for tensor in group:
+        crc = zlib.crc32(view[tensor.start - origin : tensor.stop - origin])
+        _check_crc(storage, entry, f"tensor {tensor.name} of ", crc, tensor.crc32)
+    return {tensor.name: take(view, _span(tensor), origin) for tensor in group}
+
+
+def _fill(storage: Storage, entry: ObjectEntry, buffer: bytearray, start: int) -> int:
+    try:
+        return storage.read_into(entry.key, buffer, start)
+    except ObjectNotFoundError as error:
+        raise ShardError(f"{storage.describe(entry.key)} is missing, the manifest names it; {_ACTION}") from error
+
+
+def _check_size(
+    storage: Storage, entry: ObjectEntry, got: int, needed: int | None = None, longer_is_wrong: bool = False
+) -> None:
+    expected = entry.num_bytes if needed is None else needed
+    if got < expected:
+        raise ShardError(
+            f"{storage.describe(entry.key)} is truncated: got {got} bytes, expected {entry.num_bytes}; {_ACTION}"
+        )
+    if longer_is_wrong and got > expected:
+        raise ShardError(
+            f"{storage.describe(entry.key)} was altered: longer than the expected {entry.num_bytes} bytes; {_ACTION}"
+        )
+
+
+def _check_crc(storage: Storage, entry: ObjectEntry, what: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise ShardError(
+            f"{what}{storage.describe(entry.key)} was altered: got crc32 {got:08x}, expected {expected:08x}; {_ACTION}"
+        )
+
+
+def _pick(storage: Storage, entry: ObjectEntry, names: Sequence[str]) -> list[TensorEntry]:
+    known = {tensor.name: tensor for tensor in entry.tensors}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ShardError(
+            f"{storage.describe(entry.key)} has no tensor {', '.join(unknown)}; it has {', '.join(known)}: "
+            "run the stage that writes it with the losses that read it"
+        )
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _span(entry: TensorEntry) -> Span:
+    dtype = dtype_from_name(entry.dtype)
+    if dtype is None:
+        raise ShardError(f"tensor {entry.name} has dtype {entry.dtype}, which a shard cannot hold; upgrade gkd_dist")
+    return Span(entry.name, dtype, entry.shape, entry.start, entry.stop)

@@ -1,0 +1,398 @@
+"""What each stage reads, writes and does. `flow` decides which of them run.
+
+A stage is finished when the document that it writes last carries the fingerprint that the
+configuration and its inputs give today.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from gkd_dist import fingerprints as fp
+from gkd_dist import layout
+from gkd_dist.config import Config, LabelLoss, resolve_layer
+from gkd_dist.errors import ConfigError, DataError, ManifestError, ModelError, NewerSchemaError
+from gkd_dist.models.io import read_model_document
+from gkd_dist.partition.store import GraphStore
+from gkd_dist.session import Session
+from gkd_dist.shards.manifest import Manifest
+from gkd_dist.storage import Storage
+
+log = logging.getLogger(__name__)
+
+# --- partition -------------------------------------------------------------------------------
+
+
+def partition_fingerprint(session: Session) -> str:
+    """Of the graph store."""
+    return fp.graph_fingerprint(session.config)
+
+
+def partition_done(session: Session) -> bool:
+    """Whether the graph store is there and of today's configuration."""
+    return manifest_fingerprint(session.graph, "graph") == partition_fingerprint(session)
+
+
+def partition(session: Session) -> None:
+    """Reads the data set, cuts it and writes the graph store."""
+    from gkd_dist.data.sources import load_graph
+    from gkd_dist.partition.build import build_graph_store
+
+    config = session.config
+    with session.progress.task("partition", total=config.partition.num_parts) as task:
+        graph = load_graph(config.graph, config.seed, storage=config.storage)
+        build_graph_store(
+            graph,
+            session.graph,
+            config.partition,
+            halo_hops=config.halo_hops(),
+            seed=config.seed if config.partition.seed is None else config.partition.seed,
+            fingerprint=partition_fingerprint(session),
+            advance=task.advance,
+            before_commit=session.check_ownership,
+        )
+
+
+def manifest_fingerprint(storage: Storage, kind: str) -> str | None:
+    """Fingerprint of a finished store; None where there is none or it cannot be read."""
+    if not storage.exists(layout.MANIFEST):
+        return None
+    try:
+        return Manifest.load(storage, kind).fingerprint
+    except NewerSchemaError:
+        raise
+    except ManifestError as error:
+        log.warning("%s; it will be written again", error)
+        return None
+
+
+def open_graph(session: Session) -> GraphStore:
+    """The graph store of today's configuration; `ManifestError` names the stage that makes it."""
+    return session.once("graph", lambda: GraphStore.open(session.graph, partition_fingerprint(session)))
+
+
+# --- teach -----------------------------------------------------------------------------------
+
+
+def teach_fingerprint(session: Session) -> str:
+    """Of the teacher; reads the checkpoint where the configuration names one."""
+    config = session.config
+    if config.teacher.checkpoint is None:
+        return fp.trained_teacher_fingerprint(config)
+    return session.once("teacher", lambda: fp.given_teacher_fingerprint(config, _state_digest(_checkpoint(session))))
+
+
+def teach_done(session: Session) -> bool:
+    """Whether the teacher's folder holds that teacher."""
+    return model_fingerprint(session.teacher) == teach_fingerprint(session)
+
+
+def teach(session: Session) -> None:
+    """Trains the teacher in this process, or takes over a checkpoint."""
+    if session.config.teacher.checkpoint is None:
+        _train_teacher(session)
+    else:
+        _adopt_teacher(session)
+
+
+def _checkpoint(session: Session) -> dict[str, Tensor]:
+    from gkd_dist.models.io import read_checkpoint
+
+    assert session.config.teacher.checkpoint is not None
+    return read_checkpoint(session.config.teacher.checkpoint, session.config.storage)
+
+
+def _state_digest(state: dict[str, Tensor]) -> str:
+    from gkd_dist.shards.codec import encode
+
+    return hashlib.sha256(encode({name: value.contiguous() for name, value in state.items()})).hexdigest()
+
+
+def _adopt_teacher(session: Session) -> None:
+    from gkd_dist.models.build import build_model
+    from gkd_dist.models.io import ModelSpec, load_weights, save_model
+
+    graph, config = open_graph(session), session.config
+    meta, state = graph.manifest.meta, _checkpoint(session)
+    model = build_model(config.teacher.model, graph.num_features, int(meta["num_classes"]))
+    load_weights(model, state, str(config.teacher.checkpoint))
+    spec = ModelSpec(config.teacher.model, graph.num_features, int(meta["num_classes"]), meta["task"])
+    session.check_ownership()
+    save_model(session.teacher, model, spec, fp.given_teacher_fingerprint(config, _state_digest(state)))
+
+
+def _train_teacher(session: Session) -> None:
+    from gkd_dist.distill.job import train_inline
+    from gkd_dist.distill.trainer import TrainTask
+
+    config = session.config
+    task = TrainTask(
+        "teacher",
+        session.teacher,
+        open_graph(session),
+        None,
+        config.teacher.model,
+        (LabelLoss(kind="label"),),
+        config.teacher.train,
+        config.teacher.model.layers,
+        config.seed,
+        teach_fingerprint(session),
+    )
+    with session.progress.task("teach", total=config.teacher.train.epochs) as bar:
+        train_inline(session.run, task, _follow(bar))
+
+
+def model_fingerprint(folder: Storage) -> str | None:
+    """Fingerprint of a finished model; None where there is none or it cannot be read."""
+    if not folder.exists(layout.MODEL_JSON):
+        return None
+    try:
+        return str(read_model_document(folder).get("fingerprint"))
+    except ModelError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _follow(bar: Any) -> Any:
+    """Moves a progress bar to the epoch that training has reached."""
+    reached = [0]
+
+    def follow(progress: Any) -> None:
+        bar.advance(max(0, progress.epoch - reached[0]), text=str(progress))
+        reached[0] = max(reached[0], progress.epoch)
+
+    return follow
+
+
+# --- infer -----------------------------------------------------------------------------------
+
+
+def layer_width(config: Config, layer: int, num_classes: int) -> int:
+    """Width of a teacher layer."""
+    model = config.teacher.model
+    return num_classes if layer == model.layers else model.hidden * model.heads
+
+
+def plan_knowledge(config: Config, meta: dict[str, Any]) -> tuple[dict[int, set[str]], set[int]]:
+    """(metrics per layer stored as scores, layers stored as embeddings)."""
+    scores: dict[int, set[str]] = {}
+    embeddings: set[int] = set()
+    for layer, metrics in config.knowledge_layers().items():
+        width = layer_width(config, layer, int(meta["num_classes"]))
+        per_edge = len(metrics) * meta["num_edges"]
+        per_node = width * meta["num_nodes"] * (1 + meta["halo_factor"])
+        choice = config.infer.scores
+        if choice == "auto":
+            choice = "scores" if per_edge <= per_node else "embeddings"
+            crossover = width * (1 + meta["halo_factor"]) / len(metrics)
+            log.info(
+                "layer %d: %s stored (average degree %.1f; embeddings of width %d are smaller above %.1f)",
+                layer,
+                choice,
+                meta["num_edges"] / meta["num_nodes"],
+                width,
+                crossover,
+            )
+        if choice == "scores":
+            scores[layer] = set(metrics)
+        else:
+            embeddings.add(layer)
+    return scores, embeddings
+
+
+def infer_fingerprint(session: Session) -> str:
+    """Of the teacher's knowledge; needs the graph store and the teacher."""
+    return session.once("knowledge", lambda: _infer_fingerprint(session))
+
+
+def _infer_fingerprint(session: Session) -> str:
+    graph = open_graph(session)
+    document = read_model_document(session.teacher)
+    scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
+    wants = {"scores": {str(k): sorted(v) for k, v in scores.items()}, "embeddings": sorted(embeddings)}
+    return fp.knowledge_fingerprint(session.config, teach_fingerprint(session), document["weights"]["sha256"], wants)
+
+
+def knowledge_folder(session: Session) -> Storage:
+    """Folder of the configured teacher's knowledge."""
+    return session.knowledge.child(layout.knowledge(session.config.teacher.name, infer_fingerprint(session)))
+
+
+def infer_done(session: Session) -> bool:
+    """Whether the knowledge is complete."""
+    return manifest_fingerprint(knowledge_folder(session), "knowledge") == infer_fingerprint(session)
+
+
+def infer(session: Session) -> None:
+    """Runs the teacher over every node and stores what the losses need."""
+    from gkd_dist.infer.plan import Wants
+    from gkd_dist.infer.run import infer_nodes
+
+    graph = open_graph(session)
+    scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
+    with task_progress(session, "infer") as progress:
+        infer_nodes(
+            session.teacher,
+            graph,
+            knowledge_folder(session),
+            Wants(True, scores, embeddings),
+            session.config.infer,
+            fingerprint=infer_fingerprint(session),
+            pool=session.actors(),
+            allow_code=session.allow_code,
+            progress=progress,
+            ownership_check=session.check_ownership,
+        )
+
+
+@contextmanager
+def task_progress(session: Session, name: str) -> Iterator[Any]:
+    """A bar whose total is known once the tasks are planned."""
+    with session.progress.task(name, total=None) as bar:
+        reached = [0]
+
+        def report(done: int, total: int) -> None:
+            bar.advance(done - reached[0], total=total)
+            reached[0] = done
+
+        yield report
+
+
+# --- distill ---------------------------------------------------------------------------------
+
+
+def student_fingerprints(session: Session) -> dict[str, str]:
+    """Fingerprint of each student of the run, by name."""
+    knowledge = infer_fingerprint(session)
+    names = {"distilled": fp.student_fingerprint(session.config, knowledge)}
+    if session.config.student.alone:
+        names["alone"] = fp.student_fingerprint(session.config, None)
+    return names
+
+
+def distill_fingerprint(session: Session) -> str:
+    """Of all students together."""
+    return fp.evaluation_fingerprint(student_fingerprints(session), "")
+
+
+def distill_done(session: Session) -> bool:
+    """Whether every student is trained."""
+    return all(model_fingerprint(session.student(n)) == f for n, f in student_fingerprints(session).items())
+
+
+def student_tasks(session: Session) -> tuple[Any, ...]:
+    """One training task per student, the distilled one first."""
+    from gkd_dist.distill.trainer import TrainTask
+
+    config, graph = session.config, open_graph(session)
+    storage = knowledge_folder(session)
+    knowledge = (storage, Manifest.load(storage, "knowledge", infer_fingerprint(session)))
+    label = tuple(loss for loss in config.losses if isinstance(loss, LabelLoss)) or (LabelLoss(kind="label"),)
+    return tuple(
+        TrainTask(
+            name,
+            session.student(name),
+            graph,
+            knowledge if name == "distilled" else None,
+            config.student.model,
+            config.losses if name == "distilled" else label,
+            config.distill,
+            config.teacher.model.layers,
+            config.seed,
+            fingerprint,
+        )
+        for name, fingerprint in student_fingerprints(session).items()
+    )
+
+
+def distill(session: Session) -> None:
+    """Trains the students with the configured launcher."""
+    from gkd_dist.distill.job import TrainJob, run_inline
+
+    config = session.config.distill
+    tasks = student_tasks(session)
+    check_losses(session.config, open_graph(session))
+    if config.launcher in ("torchrun", "deepspeed"):
+        _distill_in_group(TrainJob(session.run, tasks, config))
+        return
+    job = TrainJob(session.run, tasks, config)
+    with session.progress.task("distill", total=config.epochs * len(tasks)) as bar:
+        follow = _follow_many(bar, config.epochs, [task.name for task in tasks])
+        if config.launcher == "inline":
+            run_inline(job, lambda task: follow)
+            return
+        from gkd_dist.distill.placement import train_on_ray
+
+        session.release_actors()
+        session.start_ray()
+        train_on_ray(job, follow)
+
+
+def _distill_in_group(job: Any) -> None:
+    """This process is one rank of a group that torchrun or the deepspeed launcher started."""
+    from gkd_dist.distill.job import run_job
+    from gkd_dist.distill.watch import report_to_store
+    from gkd_dist.world import World
+
+    world = World.from_env(use_gpu=job.config.gpus_per_worker > 0)
+    if world.world_size != job.config.num_workers:
+        raise ConfigError(
+            f"the launcher started {world.world_size} processes, distill.num_workers is {job.config.num_workers}; "
+            f"set distill.num_workers={world.world_size}"
+        )
+    world.connect(job.config.collective_timeout_s)
+    try:
+        run_job(job, world, lambda task: report_to_store(task.output))
+    finally:
+        world.disconnect()
+
+
+def _follow_many(bar: Any, epochs: int, names: list[str]) -> Any:
+    """One bar for students that train one after the other."""
+    reached = [0]
+
+    def follow(progress: Any) -> None:
+        place = names.index(progress.name) * epochs + progress.epoch
+        bar.advance(max(0, place - reached[0]), text=f"{progress.name} {progress}")
+        reached[0] = max(reached[0], place)
+
+    return follow
+
+
+def check_losses(config: Config, graph: GraphStore) -> None:
+    """`DataError` for an LSP term on a graph without edges, `ConfigError` for too little halo."""
+    has_lsp = any(loss.kind == "lsp" for loss in config.losses)
+    if has_lsp and not any(part.counts["num_lsp_nodes"] for part in graph.manifest.parts):
+        raise DataError(
+            "an LSP loss needs edges, but no node of the graph has an in-neighbour other than itself; "
+            "remove the lsp term or choose a graph with edges"
+        )
+    stored, needed = int(graph.manifest.meta["halo_hops"]), config.required_halo_hops()
+    if stored < needed:
+        log.warning(
+            "partition.halo_hops is %d, exact training needs %d: outputs of nodes near a cut are approximate",
+            stored,
+            needed,
+        )
+
+
+# --- layers that the losses name -------------------------------------------------------------
+
+
+def lsp_layers(config: Config) -> list[tuple[int, int, str]]:
+    """(teacher layer, student layer, metric) of each LSP term."""
+    return [
+        (
+            resolve_layer(loss.teacher_layer, config.teacher.model.layers),
+            resolve_layer(loss.student_layer, config.student.model.layers),
+            loss.metric,
+        )
+        for loss in config.losses
+        if loss.kind == "lsp"
+    ]

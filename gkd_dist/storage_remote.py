@@ -1,0 +1,187 @@
+"""Objects behind `fsspec`: S3, Google Cloud Storage, Azure, memory and whatever else is installed.
+
+The one file that imports `fsspec`. Its own caches and retries are switched off: listings would be
+stale, and retries inside retries make a wait unbounded. Ranges are always passed by keyword as
+``start=`` and ``end=``, because the position of these arguments differs between implementations.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+
+from gkd_dist.errors import ConfigError
+from gkd_dist.storage_errors import http_status, is_not_found, is_retryable
+
+_log = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 8 << 20
+_CHUNKS_AT_ONCE = 4
+_SLOWEST_BYTES_PER_S = 1 << 20  # a request may take timeout_s and one second more per MiB
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_ATOMIC = {*_EXTRAS, "memory", "oss"}  # a reader sees a whole object or none
+
+
+class RemoteBackend:
+    """Objects of one protocol with one set of options; opened at the first use in each process."""
+
+    batch_bytes = _CHUNK_BYTES * _CHUNKS_AT_ONCE
+
+    def __init__(self, protocol: str, options: dict[str, Any], timeout_s: float) -> None:
+        self.protocol = protocol
+        self._options = _filesystem_options(protocol, options, timeout_s)
+        self._timeout_s = timeout_s
+        self._opened: tuple[int, fsspec.AbstractFileSystem] | None = None
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The file system of this process: its event loop does not survive a fork."""
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
+            opened = self._opened = (os.getpid(), _open(self.protocol, self._options))
+        return opened[1]
+
+    def read(self, path: str, start: int, stop: int | None) -> bytes:
+        """Bytes ``[start, stop)`` that exist, like a slice."""
+        if stop is not None and stop - start <= _CHUNK_BYTES:
+            return self._read_chunk(path, start, stop)
+        pieces = []
+        while stop is None or start < stop:
+            end = start + _CHUNK_BYTES if stop is None else min(stop, start + _CHUNK_BYTES)
+            pieces.append(self._read_chunk(path, start, end))
+            if len(pieces[-1]) < end - start:
+                break
+            start = end
+        return b"".join(pieces)
+
+    def read_into(self, path: str, view: memoryview, start: int) -> int:
+        """Fills ``view`` from offset ``start``; the number of bytes read, short at the end of the object."""
+        offsets = list(range(0, len(view), _CHUNK_BYTES))
+        if len(offsets) <= 1 or not isinstance(self.fs, AsyncFileSystem):
+            return _place(view, self.read(path, start, start + len(view)), 0)
+        starts = [start + offset for offset in offsets]
+        ends = [min(start + len(view), s + _CHUNK_BYTES) for s in starts]
+        pieces = self._call("cat_ranges", len(view), [path] * len(starts), starts, ends, on_error="return")
+        done = 0
+        for first, last, piece in zip(starts, ends, pieces, strict=True):
+            if isinstance(piece, BaseException):
+                piece = self._after_error(path, first, piece)
+            done = _place(view, piece, first - start)
+            if len(piece) < last - first:
+                break
+        return done
+
+    def write(self, path: str, data: bytes | bytearray | memoryview) -> None:
+        """Stores the object."""
+        payload = bytes(data) if isinstance(data, memoryview) else data
+        if self.protocol not in _ATOMIC:
+            self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+        self._call("pipe_file", len(payload), path, payload)
+
+    def size(self, path: str) -> int:
+        """Bytes of the object."""
+        info = self._call("info", 0, path)
+        if info["type"] != "file":
+            raise FileNotFoundError(path)
+        return int(info["size"])
+
+    def is_file(self, path: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self.size(path)
+        except Exception as error:
+            if is_not_found(error):
+                return False
+            raise
+        return True
+
+    def delete(self, paths: list[str]) -> None:
+        """Removes objects; those that are not there are no error."""
+        if len(paths) > 1 and hasattr(self.fs, "_bulk_delete"):
+            self._call("rm", len(paths) << 10, paths)
+            return
+        for path in paths:
+            try:
+                self._call("rm_file", 0, path)
+            except Exception as error:
+                if not is_not_found(error):
+                    raise
+
+    def list(self, root: str, leftovers: bool = False) -> list[str]:
+        """Names under ``root``, relative to it. An object store has no ``leftovers``."""
+        if leftovers:
+            return []
+        try:
+            found = self._call("find", 1 << 30, root)
+        except Exception as error:
+            if is_not_found(error):
+                return []
+            raise
+        prefix = self.fs._strip_protocol(root).rstrip("/") + "/"
+        return sorted(name[len(prefix) :] for name in found if name.startswith(prefix))
+
+    def tidy(self, root: str) -> None:
+        """Nothing: an object store has no folders."""
+
+    def _read_chunk(self, path: str, start: int, end: int) -> bytes:
+        if start >= end:
+            return b""
+        try:
+            return bytes(self._call("cat_file", end - start, path, start=start, end=end))
+        except Exception as error:
+            return self._after_error(path, start, error)
+
+    def _after_error(self, path: str, start: int, error: BaseException) -> bytes:
+        """Empty where the range began behind the end of the object, which most stores call an error."""
+        outside = http_status(error) == 416 or not (is_not_found(error) or is_retryable(error))
+        if outside and not isinstance(error, PermissionError) and start >= self.size(path):
+            return b""
+        raise error
+
+    def _call(self, method: str, num_bytes: int, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the file system, bounded in time where it is asynchronous inside."""
+        coroutine: Callable[..., Any] | None = getattr(self.fs, f"_{method}", None)
+        if isinstance(self.fs, AsyncFileSystem) and coroutine is not None:
+            limit = self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S
+            return sync(self.fs.loop, coroutine, *args, timeout=limit, **kwargs)
+        return getattr(self.fs, method)(*args, **kwargs)
+
+
+def _place(view: memoryview, piece: bytes, offset: int) -> int:
+    view[offset : offset + len(piece)] = piece
+    return offset + len(piece)
+
+
+def _filesystem_options(protocol: str, options: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Options of the `fsspec` class: ours, and the user's on top."""
+    merged = {"use_listings_cache": False, **options}
+    if protocol in ("s3", "s3a"):
+        bounds = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
+        merged["config_kwargs"] = {**bounds, **options.get("config_kwargs", {})}
+    return merged
+
+
+def _open(protocol: str, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    try:
+        # no shared instances: they keep the endpoint and the credentials of their first use
+        fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        action = f"`pip install 'gkd_dist[{extra}]'`" if extra else "install the package named above"
+        raise ConfigError(f"cannot open {protocol}:// URLs ({error}); {action}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot open {protocol}:// URLs: {error}; check the URL and storage.options.{protocol}"
+        ) from error
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1  # attempts inside one request; `storage_errors.attempt` repeats requests
+    if protocol not in _ATOMIC:
+        _log.warning(
+            "%s: a reader may see an object while it is written; an object store or a folder is safer", protocol
+        )
+    return fs

@@ -1,0 +1,111 @@
+"""What a teacher knows about one part, aligned with the graph part.
+
+Raw edge scores come from the store where they were stored, and from embeddings otherwise; the
+batch looks the same in both cases. Owned in-edges of a part are ordered alike in the graph part and
+in the knowledge part, so nothing is searched or sorted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+from torch import Tensor
+
+from gkd_dist.errors import ManifestError
+from gkd_dist.graph import LocalGraph
+from gkd_dist.losses.scores import Metric, pattern_scores
+from gkd_dist.partition.store import local_graph
+from gkd_dist.shards.manifest import Manifest, ObjectEntry
+from gkd_dist.shards.quantise import unpack_float
+from gkd_dist.shards.reader import read_shard
+from gkd_dist.storage import Storage
+
+KIND = "knowledge"
+Score = tuple[int, str]  # (teacher layer from 1, metric)
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What the losses need to know of the teacher: its logits, and raw scores by (layer, metric)."""
+
+    logits: bool = False
+    scores: frozenset[Score] = frozenset()
+
+    @classmethod
+    def of(cls, logits: bool = False, scores: Iterable[Score] = ()) -> Wants:
+        """The same from any iterable of scores."""
+        return cls(logits, frozenset(scores))
+
+    def __bool__(self) -> bool:
+        return self.logits or bool(self.scores)
+
+    def sorted_scores(self) -> list[Score]:
+        """Scores in the order in which they are read."""
+        return sorted(self.scores)
+
+
+NOTHING = Wants()
+
+
+class KnowledgeStore(NamedTuple):
+    """A finished knowledge store, of which parts are read on demand."""
+
+    storage: Storage
+    manifest: Manifest
+
+    def check(self, graph: Manifest, wants: Wants) -> None:
+        """Raises ManifestError unless this is knowledge about ``graph`` and holds what is wanted."""
+        self.manifest.require_input("graph", graph.fingerprint, self.storage.url)
+        self.manifest.require_parts(len(graph.parts), self.storage.url)
+        for entry in self.manifest.parts:
+            self._names(entry, wants)
+
+    def part(
+        self, index: int, graph_part: dict[str, Tensor], wants: Wants
+    ) -> tuple[Tensor | None, dict[Score, Tensor]]:
+        """Logits float32 [num_owned, c] and scores float32 [num_owned_edges] of part ``index``."""
+        entry = self.manifest.parts[index]
+        infos = entry.meta["floats"]
+        tensors = read_shard(self.storage, entry, self._names(entry, wants))
+        floats = {name: unpack_float(tensor, infos[name]) for name, tensor in tensors.items()}
+        scores: dict[Score, Tensor] = {}
+        inner: LocalGraph | None = None
+        for layer, metric in wants.sorted_scores():
+            if score_name(layer, metric) in floats:
+                scores[layer, metric] = floats[score_name(layer, metric)]
+                continue
+            embeddings = floats[embedding_name(layer)]
+            inner = inner or local_graph(graph_part, embeddings.size(0), graph_part["y"].size(0))
+            scores[layer, metric] = pattern_scores(embeddings, inner.pattern, cast(Metric, metric))
+        return floats.get("logits"), scores
+
+    def _names(self, entry: ObjectEntry, wants: Wants) -> list[str]:
+        """Tensors to read: each score itself or else the embeddings that it follows from."""
+        stored = {tensor.name for tensor in entry.tensors}
+        names = {"logits"} if wants.logits else set()
+        for layer, metric in wants.sorted_scores():
+            score, embeddings = score_name(layer, metric), embedding_name(layer)
+            if not stored & {score, embeddings}:
+                self._missing(f"neither {score} nor {embeddings}", stored)
+            names.add(score if score in stored else embeddings)
+        if not names <= stored:
+            self._missing("no logits", stored)
+        return sorted(names)
+
+    def _missing(self, what: str, stored: set[str]) -> None:
+        raise ManifestError(
+            f"knowledge in {self.storage.url} has {what} (it has {', '.join(sorted(stored))}); "
+            "run `gkd infer` with the losses of this run"
+        )
+
+
+def score_name(layer: int, metric: str) -> str:
+    """Name of a stored score tensor."""
+    return f"scores.{layer}.{metric}"
+
+
+def embedding_name(layer: int) -> str:
+    """Name of a stored embedding tensor."""
+    return f"embeddings.{layer}"

@@ -1,0 +1,194 @@
+"""Reads a unit, i.e. one part or several merged ones, as a `Batch`.
+
+Nodes of a batch are ordered by (hop, owner, ``n_id``): owned nodes first, halo after them. In-edges
+of owned nodes come first and ascend by the source's global id within a row, however the parts were
+merged. With as many hops of halo as the student is deep, its outputs at owned nodes are those on
+the whole graph.
+
+Shapes: ``n`` nodes, ``m`` edges of a batch; ``f`` features; ``c`` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gkd_dist.errors import GraphError, ManifestError
+from gkd_dist.graph import SPLITS, Batch, LocalGraph, Task
+from gkd_dist.partition.store import GraphStore, features, local_graph
+from gkd_dist.shards.manifest import Manifest
+from gkd_dist.sparse import CsrPattern
+from gkd_dist.storage import Storage
+from gkd_dist.stream.knowledge import NOTHING, KnowledgeStore, Score, Wants
+from gkd_dist.stream.merge import LocalPart, merge_edges, merge_nodes
+
+EMPTY_UNIT = -1  # `Batch.unit` of an empty batch
+_OWNED = ("y", *(f"{split}_mask" for split in SPLITS))
+
+
+def part_costs(graph: Manifest) -> list[float]:
+    """What training on each part costs, up to a factor: its nodes and edges with halo."""
+    keys = ("num_owned", "num_halo", "num_edges")
+    return [float(sum(entry.counts[key] for key in keys)) for entry in graph.parts]
+
+
+class UnitLoader:
+    """Makes batches out of a graph store and, optionally, a teacher's knowledge.
+
+    ``units`` are the parts of each unit. ``hops`` is how much of the stored halo is used (None:
+    all of it); fewer hops than the student is deep make its outputs approximate. Holds no open
+    files and no state: it can be pickled and used from several threads.
+    """
+
+    def __init__(
+        self,
+        graph: GraphStore,
+        knowledge: tuple[Storage, Manifest] | None,
+        units: Sequence[tuple[int, ...]],
+        wants: Wants = NOTHING,
+        hops: int | None = None,
+    ) -> None:
+        self.graph = graph
+        self.units = [tuple(sorted(unit)) for unit in units]
+        self.wants = wants
+        self.hops = _check_hops(graph.manifest, hops)
+        self.knowledge = None if knowledge is None or not wants else KnowledgeStore(*knowledge)
+        absent = sorted({part for unit in self.units for part in unit} - set(range(graph.num_parts)))
+        if absent:
+            raise GraphError(
+                f"units name part {absent[0]} of a graph store that has {graph.num_parts} parts; plan them again"
+            )
+        if self.knowledge is not None:
+            self.knowledge.check(graph.manifest, wants)
+        elif wants:
+            raise ManifestError("the losses need a teacher's knowledge, but there is none; run `gkd infer` first")
+
+    @property
+    def costs(self) -> tuple[float, ...]:
+        """Cost of each unit, for `order.deal`."""
+        costs = part_costs(self.graph.manifest)
+        return tuple(sum(costs[part] for part in unit) for unit in self.units)
+
+    def load(self, unit: int | None) -> Batch:
+        """The batch of ``unit``; the empty batch for None.
+
+        Raises ShardError where a stored object is damaged and StorageError where it is unreachable.
+        """
+        if unit is None:
+            return self.empty()
+        parts = [self._part(part) for part in self.units[unit]]
+        graph, n_id, x = self._nodes_and_edges(parts)
+        logits, scores = self._teacher(parts)
+        return Batch(
+            unit,
+            graph,
+            x,
+            **{name: torch.cat([part.tensors[name] for part in parts]) for name in _OWNED},
+            n_id=n_id,
+            num_owned=sum(part.num_owned for part in parts),
+            teacher_logits=logits,
+            teacher_scores=scores,
+        )
+
+    def empty(self) -> Batch:
+        """The batch of a micro-step without a unit."""
+        meta = self.graph.manifest.meta
+        weighted = bool(meta.get("has_edge_weight", False))
+        return empty_batch(self.graph.num_features, int(meta["num_classes"]), meta["task"], self.wants, weighted)
+
+    def size_of(self, unit: int | None) -> int:
+        """Bytes of the batch of ``unit``, known before it is read; an upper bound where parts are merged."""
+        if unit is None:
+            return 0
+        meta = self.graph.manifest.meta
+        classes = int(meta["num_classes"])
+        label_bytes = 8 if meta["task"] == "multiclass" else 4 * classes
+        per_node = 4 * self.graph.num_features + 8 + 16 + 4 + 1  # x, n_id, both indptr, degree, loop
+        per_edge = 3 * 8 + (4 if meta.get("has_edge_weight", False) else 0)
+        per_owned = label_bytes + len(SPLITS) + (4 * classes if self.wants.logits else 0)
+        total = 16
+        for part in self.units[unit]:
+            entry = self.graph.manifest.parts[part]
+            counts = entry.counts
+            total += per_node * entry.meta["hop_ptr"][self.hops] + per_edge * counts["num_edges"]
+            total += per_owned * counts["num_owned"] + 4 * len(self.wants.scores) * counts["num_owned_edges"]
+        return total
+
+    def _part(self, index: int) -> LocalPart:
+        hop_ptr = tuple(self.graph.manifest.parts[index].meta["hop_ptr"])
+        return LocalPart(index, self.graph.part(index), hop_ptr[: self.hops + 1])
+
+    def _nodes_and_edges(self, parts: list[LocalPart]) -> tuple[LocalGraph, Tensor, Tensor]:
+        """Graph, ``n_id`` and ``x``; a single part is used as it is stored, with its transpose."""
+        if len(parts) > 1:
+            nodes = merge_nodes(parts)
+            n_id = nodes.take(part.tensors["n_id"] for part in parts)
+            return merge_edges(parts, nodes), n_id, nodes.take(self._x(part) for part in parts)
+        part = parts[0]
+        stored = local_graph(part.tensors, part.num_nodes, part.num_rows)
+        # copies: views would keep the whole shard in memory for as long as the batch lives
+        weight = None if stored.edge_weight is None else stored.edge_weight.clone()
+        graph = LocalGraph(
+            replace(stored.pattern, t_indptr=stored.pattern.t_indptr.clone()),
+            stored.in_degree.clone(),
+            stored.has_self_loop.clone(),
+            weight,
+            part.num_owned,
+        )
+        return graph, part.tensors["n_id"][: part.num_nodes].clone(), self._x(part)
+
+    def _teacher(self, parts: list[LocalPart]) -> tuple[Tensor | None, dict[Score, Tensor]]:
+        """Logits and scores of the owned nodes and their in-edges, part after part."""
+        if self.knowledge is None:
+            return None, {}
+        known = [self.knowledge.part(part.index, part.tensors, self.wants) for part in parts]
+        logits = torch.cat([logits for logits, _ in known if logits is not None]) if self.wants.logits else None
+        return logits, {key: torch.cat([scores[key] for _, scores in known]) for key in self.wants.sorted_scores()}
+
+    def _x(self, part: LocalPart) -> Tensor:
+        """Features of the nodes in use, float32 [num_nodes, f]."""
+        owned = features(part.tensors, "x", self.graph.num_features)
+        halo = features(part.tensors, "x_halo", self.graph.num_features)
+        return torch.cat([owned, halo[: part.num_nodes - part.num_owned]])
+
+
+def _check_hops(graph: Manifest, hops: int | None) -> int:
+    stored = int(graph.meta["halo_hops"])
+    if hops is not None and not 1 <= hops <= stored:
+        raise GraphError(
+            f"the graph store has {stored} hops of halo (got hops={hops}); "
+            f"set partition.halo_hops={max(1, hops)} and run `gkd partition` again"
+        )
+    return stored if hops is None else hops
+
+
+def empty_batch(
+    num_features: int,
+    num_classes: int,
+    task: Task,
+    wants: Wants = NOTHING,
+    weighted: bool = False,
+) -> Batch:
+    """A batch without nodes, with every tensor that a real one has.
+
+    Every layer runs on it, so that a rank without a unit takes part in each collective operation.
+    """
+    none = torch.empty(0)
+    mask = none.bool()
+    pattern = CsrPattern.from_csr(torch.zeros(1, dtype=torch.int64), none.long())
+    return Batch(
+        EMPTY_UNIT,
+        LocalGraph(pattern, none, mask, none if weighted else None, 0),
+        torch.empty(0, num_features),
+        y=none.long() if task == "multiclass" else torch.empty(0, num_classes),
+        train_mask=mask,
+        val_mask=mask,
+        test_mask=mask,
+        n_id=none.long(),
+        num_owned=0,
+        teacher_logits=torch.empty(0, num_classes) if wants.logits else None,
+        teacher_scores={key: none for key in wants.sorted_scores()},
+    )

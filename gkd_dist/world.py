@@ -1,0 +1,105 @@
+"""Who this process is among its peers, and the few collectives the project needs.
+
+The only door to ``torch.distributed``. A `World` is passed as an argument, never looked up, so a
+test can be rank 3 of 8 in a single process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gkd_dist.errors import ConfigError, StudentError
+
+
+@dataclass(frozen=True)
+class World:
+    """``rank`` of ``world_size`` processes, ``local_rank`` on its machine, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes what there is one of."""
+        return self.rank == 0
+
+    @classmethod
+    def from_env(cls, use_gpu: bool = False) -> World:
+        """From the variables that torchrun, the deepspeed launcher and Ray Train set."""
+        try:
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                "RANK and WORLD_SIZE are not set; start this under torchrun or the deepspeed launcher, "
+                "or set distill.launcher=ray"
+            ) from error
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return cls(rank, size, local, torch.device("cuda", local) if use_gpu else torch.device("cpu"))
+
+    def connect(self, timeout_s: float) -> None:
+        """Creates the process group unless a launcher has: nccl on CUDA, gloo elsewhere.
+
+        ``timeout_s`` bounds every collective. A world of one gets a group too, for engines that
+        insist on one.
+        """
+        if dist.is_initialized():
+            return
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        bound = timedelta(seconds=timeout_s)
+        if self.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=bound)
+            return
+        try:
+            dist.init_process_group(backend, timeout=bound)
+        except (RuntimeError, ValueError) as error:
+            raise StudentError(
+                f"rank {self.rank} of {self.world_size} could not join its peers at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} within {timeout_s:g} s; check the address, or set GLOO_SOCKET_IFNAME "
+                "to the network interface that the machines share"
+            ) from error
+
+    def disconnect(self) -> None:
+        """Leaves the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all ranks; a new tensor on the device of ``values``.
+
+        Raises `StudentError` naming this rank where a peer does not come within the time-out.
+        """
+        if self.world_size == 1:
+            return values.clone()
+        total = values.to(self.device, copy=True)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise StudentError(
+                f"rank {self.rank} of {self.world_size} waited in vain for its peers ({_first_line(error)}); "
+                "look at the logs of the other ranks, then run the same command again"
+            ) from error
+        return total.to(values.device)
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """``values`` of rank 0 on every rank; shapes and dtypes must agree."""
+        if self.world_size == 1:
+            return values
+        shared = values.to(self.device, copy=True)
+        dist.broadcast(shared, src=0)
+        return shared.to(values.device)
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.sum(torch.zeros(1))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

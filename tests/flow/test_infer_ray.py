@@ -1,0 +1,108 @@
+"""Inference on real Ray actors: exact, unmoved by the loss of an actor, and gone afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from infer_worlds import World, assert_close, make_graph, whole
+
+from gkd_dist.config import InferConfig, RayConfig
+from gkd_dist.errors import ModelError, ShardError, TeacherError
+from gkd_dist.infer.actor import ActorPool
+from gkd_dist.infer.cluster import start_ray
+from gkd_dist.infer.plan import Wants
+from gkd_dist.infer.run import infer_nodes
+
+pytestmark = pytest.mark.timeout(300)
+SETTINGS = InferConfig(num_actors=2, cpus_per_actor=0.5, dtype="fp32")
+WANTS = Wants(scores={1: {"sqeuclidean"}})
+
+
+@pytest.fixture(scope="module")
+def ray_runs() -> Iterator[None]:
+    """One Ray for all tests of the file; its processes must be gone at the end."""
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+        with start_ray(RayConfig(num_cpus=2), needed_cpus=2, needed_gpus=0):
+            running = [p for p in psutil.Process().children(recursive=True) if p not in before]
+            assert running
+            yield
+            running += [p for p in psutil.Process().children(recursive=True) if p not in before]
+    assert not any(process.is_running() for process in running)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, make_graph())
+
+
+def test_two_actors_give_the_bytes_of_one_process(ray_runs: None, world: World) -> None:
+    graph = world.cut(2)
+    with ActorPool(SETTINGS) as pool:
+        for kind in ("gcn", "gat"):  # one pool serves many models
+            storage, model = world.model(kind)
+            out = world.storage(f"ray-{kind}")
+            found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool)
+            alone = world.storage(f"alone-{kind}")
+            assert found == infer_nodes(storage, graph, alone, WANTS, SETTINGS, fingerprint="f" * 64)
+            with torch.no_grad():
+                assert_close(whole(graph, out, found, "logits"), model(world.graph.x, world.graph.edge_index))
+
+
+def test_sigkill_of_an_actor_changes_nothing(ray_runs: None, world: World) -> None:
+    graph, (storage, _) = world.cut(4), world.model("sage")
+    killed = []
+    with ActorPool(SETTINGS) as pool:
+        pids = pool.pids()
+
+        def kill(done: int, total: int) -> None:
+            if done == 2 and not killed:
+                killed.append(pids[0])
+                os.kill(pids[0], signal.SIGKILL)
+
+        out = world.storage("killed")
+        found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool, progress=kill)
+        assert killed
+        assert killed[0] not in pool.pids()
+    assert found == infer_nodes(storage, graph, world.storage("alone"), WANTS, SETTINGS, fingerprint="f" * 64)
+
+
+def test_actors_that_are_lost_too_often_end_the_run_which_can_go_on(ray_runs: None, world: World) -> None:
+    graph, (storage, _), out = world.cut(2), world.model("gcn"), world.storage("k")
+    once = SETTINGS.model_copy(update={"num_actors": 1, "max_restarts": 0, "max_task_retries": 5})
+    with ActorPool(once) as pool:
+        pids = pool.pids()
+
+        def kill(done: int, total: int) -> None:
+            if done == 3:
+                os.kill(pids[0], signal.SIGKILL)
+
+        with pytest.raises(TeacherError, match="all 1 inference actors were lost"):
+            infer_nodes(storage, graph, out, WANTS, once, fingerprint="f" * 64, pool=pool, progress=kill)
+    steps: list[int] = []
+    infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, progress=lambda done, _: steps.append(done))
+    assert steps[0] == 3
+
+
+def test_errors_of_ours_come_back_as_they_were_raised(ray_runs: None, world: World) -> None:
+    graph, (storage, _) = world.cut(2), world.model("gcn")
+    entry = graph.manifest.parts[1]
+    data = bytearray(graph.storage.read(entry.key))
+    data[entry.tensors[0].start] ^= 1
+    with ActorPool(SETTINGS) as pool:
+        world.graph.x[0, 0] = torch.nan
+        with pytest.raises(ModelError, match="NaN or infinite") as caught:
+            poisoned = world.cut(2, "random")
+            infer_nodes(storage, poisoned, world.storage("a"), WANTS, SETTINGS, fingerprint="a" * 64, pool=pool)
+        assert type(caught.value) is ModelError
+        graph.storage.write(entry.key, bytes(data))
+        with pytest.raises(ShardError, match="part-00001-"):
+            infer_nodes(storage, graph, world.storage("b"), WANTS, SETTINGS, fingerprint="b" * 64, pool=pool)

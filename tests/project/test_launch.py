@@ -1,0 +1,103 @@
+"""The launchers are sound shell, call only what exists and answer wrong use with one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = sorted((ROOT / "launch").glob("*.sh"))
+SCRIPTS = [*LAUNCHERS, ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+CALL = re.compile(r"(?:(?:^|[\s/])gkd|-m gkd_dist) ([a-z]+)")
+
+
+def code(path: Path) -> str:
+    """The script without its comments."""
+    return "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
+
+
+def verbs() -> set[str]:
+    """Verbs of ``gkd`` that the scripts and the Makefile call."""
+    return {verb for path in [*SCRIPTS, ROOT / "Makefile"] for verb in CALL.findall(code(path))}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_it(path: Path) -> None:
+    result = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path: Path) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    result = subprocess.run([shellcheck, "--severity=style", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_it_stops_at_the_first_failure(path: Path) -> None:
+    assert "set -euo pipefail" in code(path)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
+def test_it_can_be_started(path: Path) -> None:
+    assert os.access(path, os.X_OK)
+
+
+def test_the_scripts_call_verbs() -> None:
+    assert verbs() >= {"run", "partition", "teach", "infer", "distill", "evaluate", "export", "report", "verify"}
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_the_verb_exists(verb: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "gkd_dist", verb, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def start(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SLURM_", "NNODES"))}
+    return subprocess.run(
+        ["bash", ROOT / "launch" / script, *arguments],
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("script", [*(path.name for path in LAUNCHERS), "slurm.sbatch"])
+def test_without_a_config_it_says_how_it_is_used(script: str) -> None:
+    result = start(script)
+    assert result.returncode == 2
+    assert result.stderr.startswith("usage: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "says"),
+    [
+        ("ray_job.sh", {}, "RAY_API_SERVER_ADDRESS is not set"),
+        ("ray_job.sh", {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "nowhere.yaml is not a file here"),
+        ("torchrun.sh", {"NNODES": "2"}, "NNODES=2 needs NODE_RANK and MASTER_ADDR"),
+        ("slurm.sbatch", {}, "start this file with sbatch"),
+    ],
+)
+def test_what_is_missing_is_named(script: str, environment: dict[str, str], says: str) -> None:
+    result = start(script, "nowhere.yaml", **environment)
+    assert result.returncode != 0
+    assert says in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_token_is_never_printed() -> None:
+    text = code(ROOT / "launch" / "slurm.sbatch")
+    assert "token_hex" in text
+    assert not re.search(r"(echo|printf|cat)[^\n]*token", text)
+    assert "set -x" not in text

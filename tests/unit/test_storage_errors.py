@@ -1,0 +1,125 @@
+"""Which errors are worth another attempt, and the sentences they become."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from gkd_dist import storage_errors
+from gkd_dist.errors import ConfigError, ObjectNotFoundError, StorageError
+from gkd_dist.storage_errors import Patience, attempt, is_retryable, pause_s, translate
+
+botocore = pytest.importorskip("botocore.exceptions", reason="needs the extra: pip install 'gkd_dist[s3]'")
+QUICK = Patience(retries=2, timeout_s=1)
+
+
+def client_error(code: str, status: int) -> Exception:
+    response: dict[str, Any] = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return botocore.ClientError(response, "GetObject")
+
+
+class AnyHttpError(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+def caused_by(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimeoutError(),
+        ConnectionResetError(),
+        OSError(errno.ECONNREFUSED, "refused"),
+        OSError(errno.EBUSY, "SlowDown"),
+        client_error("SlowDown", 503),
+        client_error("InternalError", 500),
+        caused_by(OSError(errno.EIO, "unknown"), client_error("Odd", 502)),
+        botocore.EndpointConnectionError(endpoint_url="http://store"),
+        botocore.ReadTimeoutError(endpoint_url="http://store"),
+        botocore.IncompleteReadError(actual_bytes=1, expected_bytes=2),
+        AnyHttpError(429),
+    ],
+    ids=repr,
+)
+def test_worth_another_attempt(error: Exception) -> None:
+    assert is_retryable(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("key"),
+        PermissionError("no"),
+        OSError(errno.ENOSPC, "full"),
+        client_error("AccessDenied", 403),
+        client_error("NoSuchKey", 404),
+        client_error("InvalidRange", 416),
+        botocore.NoCredentialsError(),
+        AnyHttpError(404),
+        ValueError("no"),
+    ],
+    ids=repr,
+)
+def test_not_worth_another_attempt(error: Exception) -> None:
+    assert not is_retryable(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "cls", "message"),
+    [
+        (FileNotFoundError("k"), ObjectNotFoundError, "cannot read s3://b/k: there is no such object; check the URL"),
+        (client_error("NoSuchBucket", 404), StorageError, "the bucket does not exist; create it"),
+        (caused_by(FileNotFoundError(), client_error("NoSuchBucket", 404)), StorageError, "the bucket does not exist"),
+        (PermissionError("Forbidden"), StorageError, r"access denied \(Forbidden\); check the credentials"),
+        (botocore.NoCredentialsError(), StorageError, "set the credentials in the environment"),
+        (TimeoutError(), StorageError, r"did not answer in time .*storage\.timeout_s"),
+        (ConnectionResetError("reset"), StorageError, r"cannot be reached or is overloaded .*storage\.retries"),
+        (OSError(errno.ENOSPC, "x"), StorageError, "the disk is full; free space"),
+        (RuntimeError("odd\n thing"), StorageError, "RuntimeError: odd thing; check the store"),
+    ],
+)
+def test_sentences(error: Exception, cls: type[StorageError], message: str) -> None:
+    translated = translate(error, "read", "s3://b/k")
+    assert type(translated) is cls
+    with pytest.raises(cls, match=message):
+        raise translated
+
+
+def test_pauses_double_up_to_a_limit_and_are_jittered() -> None:
+    assert [pause_s(number, 1.0) for number in range(3)] == [0.2, 0.4, 0.8]
+    assert pause_s(0, 0.0) == 0.1
+    assert pause_s(1000, 1.0) == 10.0
+
+
+def test_attempts_stop_at_the_first_success_or_after_the_last_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(storage_errors.time, "sleep", pauses.append)
+    failures: list[Exception] = [TimeoutError(), TimeoutError()]
+
+    def action() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert attempt(action, "read", "url", QUICK) == "done"
+    assert len(pauses) == 2
+    failures += [TimeoutError() for _ in range(3)]
+    with pytest.raises(StorageError, match="after 3 attempts") as caught:
+        attempt(action, "read", "url", QUICK)
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    assert len(pauses) == 4
+
+
+def test_errors_of_our_own_pass_through() -> None:
+    def action() -> None:
+        raise ConfigError("no such package")
+
+    with pytest.raises(ConfigError, match="no such package"):
+        attempt(action, "read", "url", QUICK)
