@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import TracebackType
 
 from gkd_dist import layout
-from gkd_dist.errors import InfrastructureError, ObjectNotFoundError, OwnershipError, StorageError
+from gkd_dist.errors import DataError, InfrastructureError, ObjectNotFoundError, OwnershipError
 from gkd_dist.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -145,10 +145,8 @@ class Ownership:
             value = self._storage.read_json(layout.OWNER)
         except ObjectNotFoundError:
             return None
-        except StorageError as error:
-            if not isinstance(error.__cause__, ValueError):
-                raise
-            value = None  # not JSON
+        except DataError:
+            value = None
         owner = _parse(value)
         if owner is None:
             raise OwnershipError(

@@ -16,9 +16,9 @@ from gkd_dist.errors import ObjectNotFoundError
 from gkd_dist.shards.manifest import Manifest, ObjectEntry
 from gkd_dist.storage import Storage
 
-# Only what stages name by content, in the store or in its folder of layer outputs: other files,
-# and other stores further down, are never touched.
-_CONTENT_ADDRESSED = re.compile(r"(tmp-[0-9a-f]{8}/)?[^/]+-[0-9a-f]{8}\.safetensors")
+# Only what stages write: shards, by their name, and folders of layer outputs. Other files, and
+# other stores further down, are never touched.
+_WRITTEN_BY_STAGES = re.compile(r"[^/]+-[0-9a-f]{8}\.safetensors|tmp-[0-9a-f]{8}/.+")
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ def verify_store(storage: Storage, manifest: Manifest, threads: int = 4) -> list
 
 
 def orphans(storage: Storage, manifest: Manifest) -> list[str]:
-    """Shards and layer outputs that the manifest does not name, and what killed writers left behind.
+    """Shards that the manifest does not name, layer outputs, and what killed writers left behind.
 
-    Results of repeated tasks and of runs with other settings. Call it while no stage is writing.
+    They come from repeated tasks, from runs with other settings and from runs that were given up.
+    Call it while no stage is writing here.
     """
     named = {entry.key for entry in manifest.parts} | {layout.MANIFEST}
-    shards = [key for key in storage.list() if key not in named and _CONTENT_ADDRESSED.fullmatch(key)]
-    leftovers = [key for key in storage.list(leftovers=True) if key.count("/") <= 1]
+    shards = [key for key in storage.list() if key not in named and _WRITTEN_BY_STAGES.fullmatch(key)]
+    leftovers = [key for key in storage.list(leftovers=True) if "/" not in key or key.startswith("tmp-")]
     return sorted({*shards, *leftovers})
 
 

@@ -23,15 +23,13 @@ _ACTION = "run `gkd verify` to see what else is damaged, then the stage that wri
 def read_shard(storage: Storage, entry: ObjectEntry, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """All tensors of an object, or only ``names``, on the CPU.
 
-    ShardError, with the key, for an object that is missing, truncated or altered, and for a name
-    that it does not have.
+    The whole object is checked by its crc32, named tensors each by their own. ShardError, with the
+    key, for an object that is missing, truncated or altered, and for a name that it does not have.
     """
-    if names is None or {tensor.name for tensor in entry.tensors} <= set(names):
-        _pick(storage, entry, names or ())
+    if names is None:
         return _read_whole(storage, entry)
-    wanted = _pick(storage, entry, names)
     tensors: dict[str, Tensor] = {}
-    for group in merge_ranges(wanted):
+    for group in merge_ranges(_pick(storage, entry, names)):
         tensors.update(_read_group(storage, entry, group))
     return {name: tensors[name] for name in names}
 

@@ -66,7 +66,8 @@ def test_digests_of_the_manifest_are_checked_one_by_one(store: Storage, manifest
 
 def test_orphans_are_found_and_pruned_and_nothing_else(store: Storage, manifest: Manifest, tmp_path: Path) -> None:
     late = write_shard(store, "part-00001", {"x": torch.zeros(3)})
-    layer = write_shard(store.child("tmp-0123abcd"), "layer-1-part-00000", {"x": torch.zeros(3)})
+    layer = write_shard(store, "tmp-0123abcd/layer-1/part-00000", {"x": torch.zeros(3)})
+    store.write("tmp-0123abcd/started.json", b"{}")
     for key in ("notes.txt", "model.safetensors", "knowledge/teacher-01234567/part-00000-0123abcd.safetensors"):
         store.write(key, b"keep")
     young, old = tmp_path / "graph" / ".a.1-00.gkd-tmp", tmp_path / "graph" / ".b.1-00.gkd-tmp"
@@ -74,7 +75,7 @@ def test_orphans_are_found_and_pruned_and_nothing_else(store: Storage, manifest:
         path.write_bytes(b"half")
     two_hours_ago = time.time() - 7200
     os.utime(old, (two_hours_ago, two_hours_ago))
-    expected = sorted([late.key, f"tmp-0123abcd/{layer.key}", old.name])
+    expected = sorted([late.key, layer.key, "tmp-0123abcd/started.json", old.name])
     before = set(store.list())
     assert orphans(store, manifest) == expected
     assert prune(store, manifest) == expected

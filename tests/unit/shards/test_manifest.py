@@ -8,6 +8,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -208,6 +209,13 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> bytes:
 def test_every_field_is_checked(change: Callable[[dict[str, Any]], Any], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         parse(edit(change))
+
+
+def test_one_entry_is_checked_like_those_of_a_manifest() -> None:
+    value = json.loads(json.dumps(asdict(part(3))))
+    assert manifest_json.entry_from_json(value, "s3://b/record.json", "knowledge") == part(3)
+    with pytest.raises(ManifestError, match=r"s3://b/record\.json .*crc32 is -1.*run `gkd infer` again"):
+        manifest_json.entry_from_json(value | {"crc32": -1}, "s3://b/record.json", "knowledge")
 
 
 # --- any edit --------------------------------------------------------------------------------

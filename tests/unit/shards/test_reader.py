@@ -176,6 +176,11 @@ def test_a_manifest_that_describes_other_tensors(store: Storage, entry: ObjectEn
         read_shard(store, wrong)
 
 
+def test_an_entry_that_lists_only_some_tensors_serves_named_reads(store: Storage, entry: ObjectEntry) -> None:
+    trimmed = replace(entry, tensors=entry.tensors[:1])
+    assert read_shard(store, trimmed, ["n_id"])["n_id"].tolist() == list(range(10))
+
+
 def test_the_bytes_of_an_object_are_checked_too(store: Storage, entry: ObjectEntry) -> None:
     assert bytes(read_object(store, entry)) == store.read(entry.key)
     alter(store, entry, 0)

@@ -1,0 +1,160 @@
+"""docs/shard-format.md against stores that were really written: every name, in both directions."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+
+from gkd_dist import layout
+from gkd_dist.config import InferConfig, ModelConfig, PartitionConfig
+from gkd_dist.graph import Graph
+from gkd_dist.infer.plan import Wants
+from gkd_dist.infer.run import infer_nodes
+from gkd_dist.models.build import build_model
+from gkd_dist.models.io import ModelSpec, save_model
+from gkd_dist.owner import Ownership
+from gkd_dist.partition.build import build_graph_store
+from gkd_dist.partition.store import GraphStore
+from gkd_dist.shards.entries import ObjectEntry
+from gkd_dist.shards.manifest import SCHEMA_VERSION, Manifest
+from gkd_dist.storage import Storage
+
+DOC = (Path(__file__).parents[3] / "docs" / "shard-format.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """Text of the doc below a heading."""
+    return re.split(r"^## ", DOC.partition(f"\n## {title}\n")[2], flags=re.M)[0]
+
+
+def table(title: str, number: int) -> dict[str, list[str]]:
+    """Table ``number`` of a section: the name in the first column, then the other cells."""
+    tables = re.findall(r"(?:^\|.*\n)+", section(title), flags=re.M)
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in tables[number].splitlines()[2:]]
+    return {name.strip("`"): cells for name, *cells in rows}
+
+
+def graph(density: float, weighted: bool) -> Graph:
+    generator = torch.Generator().manual_seed(0)
+    edge_index = torch.unique(torch.randint(0, 12, (2, 40), generator=generator), dim=1)
+    x = torch.randn(12, 5, generator=generator) * (torch.rand(12, 5, generator=generator) < density)
+    masks = torch.arange(12) % 3
+    return Graph(
+        x,
+        edge_index,
+        torch.arange(12) % 2,
+        masks == 0,
+        masks == 1,
+        masks == 2,
+        num_classes=2,
+        edge_weight=torch.ones(edge_index.size(1)) if weighted else None,
+    )
+
+
+def write_graph(run: Storage, density: float = 1.0, weighted: bool = True) -> Manifest:
+    parts = PartitionConfig(method="random", num_parts=2)
+    return build_graph_store(
+        graph(density, weighted), run.child(layout.GRAPH), parts, halo_hops=2, seed=0, fingerprint="a" * 64
+    )
+
+
+def write_knowledge(run: Storage) -> tuple[Storage, Manifest]:
+    config = ModelConfig(kind="gcn", hidden=4)
+    teacher, out = run.child(layout.TEACHER), run.child(layout.KNOWLEDGE).child(layout.knowledge("teacher", "b" * 64))
+    save_model(teacher, build_model(config, 5, 2), ModelSpec(config, 5, 2, "multiclass"), "c" * 64)
+    wants = Wants(logits=True, scores={1: frozenset({"sqeuclidean"})}, embeddings=frozenset({1}))
+    settings = InferConfig(num_actors=0, dtype="fp16")
+    manifest = infer_nodes(
+        teacher, GraphStore.open(run.child(layout.GRAPH)), out, wants, settings, fingerprint="b" * 64
+    )
+    return out, manifest
+
+
+@pytest.fixture
+def run() -> Storage:
+    return Storage.open(f"memory://{uuid.uuid4().hex}/run")
+
+
+def tensors(entry: ObjectEntry) -> dict[str, str]:
+    return {tensor.name: tensor.dtype for tensor in entry.tensors}
+
+
+def test_the_tree(run: Storage) -> None:
+    write_graph(run)
+    write_knowledge(run)
+    with Ownership(run):
+        found = run.list()
+    tree = section("Trees").split("```")[1]
+    folders: list[tuple[int, str]] = []
+    drawn = set()
+    for line in tree.strip().splitlines()[1:]:
+        name = line.split()[0]
+        depth = len(line) - len(line.lstrip())
+        folders = [folder for folder in folders if folder[0] < depth]
+        drawn.add("".join(folder for _, folder in folders) + name)
+        if name.endswith("/"):
+            folders.append((depth, name))
+    generic = {re.sub(r"part-\d{5}-[0-9a-f]{8}", "part-00000-<sha8>", key) for key in found}
+    generic = {key.replace("teacher-bbbbbbbb", "<teacher>-<fp8>") for key in generic}
+    assert generic <= drawn, generic - drawn
+    assert len(generic) == 7
+    named = {layout.CONFIG, layout.OWNER, layout.METRICS, layout.REPORT, layout.stage_record("<stage>"),
+             f"{layout.student('<name>')}/{layout.MODEL_JSON}", f"{layout.student('<name>')}/{layout.MODEL_WEIGHTS}",
+             f"{layout.student('<name>')}/{layout.checkpoint(500)}/", f"{layout.TENSORBOARD}/<name>/"}  # fmt: skip
+    assert named <= drawn, named - drawn
+    assert layout.COMMIT in tree
+
+
+def test_the_owner_record(run: Storage) -> None:
+    with Ownership(run):
+        fields = run.read_json(layout.OWNER)
+    drawn = re.search(r"owner\.json .*: (.*)", section("Trees"))
+    assert drawn is not None
+    assert set(drawn[1].split(", ")) == fields.keys()
+
+
+def test_the_fields_of_a_manifest(run: Storage) -> None:
+    write_graph(run)
+    body = json.loads(run.read(f"{layout.GRAPH}/{layout.MANIFEST}"))
+    assert table("Manifest", 0).keys() == body.keys()
+    assert table("Manifest", 1).keys() == body["parts"][0].keys()
+    assert table("Manifest", 2).keys() == body["parts"][0]["tensors"][0].keys()
+    assert table("Manifest", 0)["schema_version"] == [str(SCHEMA_VERSION)]
+
+
+def test_a_graph_part(run: Storage) -> None:
+    manifest = write_graph(run)
+    drawn = {name: dtype for name, (dtype, *_) in table("Graph part", 0).items()}
+    for entry in manifest.parts:
+        assert tensors(entry) == drawn
+        assert entry.counts.keys() == table("Graph part", 2).keys()
+        assert entry.meta.keys() == {"hop_ptr"}
+    assert manifest.meta.keys() == table("Graph part", 3).keys()
+    assert manifest.inputs == {}
+
+
+def test_a_graph_part_with_sparse_features_and_without_weights(run: Storage) -> None:
+    manifest = write_graph(run, density=0.05, weighted=False)
+    drawn = {name: dtype for number in (0, 1) for name, (dtype, *_) in table("Graph part", number).items()}
+    for name in ("x", "x_halo", "edge_weight"):
+        del drawn[name]
+    assert tensors(manifest.parts[0]) == drawn
+
+
+def test_a_knowledge_part(run: Storage) -> None:
+    write_graph(run)
+    out, manifest = write_knowledge(run)
+    names = {name.replace("<layer>", "1").replace("<metric>", "sqeuclidean") for name in table("Knowledge part", 0)}
+    for entry in manifest.parts:
+        assert tensors(entry) == dict.fromkeys(names, "float16")
+        assert entry.counts.keys() == table("Knowledge part", 1).keys()
+        assert entry.meta["floats"].keys() == names
+        assert all(info.keys() == {"scale", "bound"} for info in entry.meta["floats"].values())
+    assert manifest.meta.keys() == table("Knowledge part", 2).keys()
+    assert manifest.inputs.keys() == {"graph", "model"}
+    assert Manifest.load(out, "knowledge", "b" * 64) == manifest
