@@ -10,6 +10,7 @@
         ManifestError                 a manifest: incomplete, of another graph
           NewerSchemaError              written by a later version; never overwritten
         ShardError                    a stored object: missing, truncated, flipped byte
+        JsonError (ValueError)        a stored object that has to be JSON and is not
       InfrastructureError         4   machines, network, storage; a launcher may try again
         StorageError                  an object store, after retries
           ObjectNotFoundError         one key that is not there
@@ -62,6 +63,10 @@ class NewerSchemaError(ManifestError):
 
 class ShardError(DataError):
     """A stored object is missing, truncated or altered."""
+
+
+class JsonError(DataError, ValueError):
+    """A stored object is not the JSON it has to be."""
 
 
 class InfrastructureError(GkdError):

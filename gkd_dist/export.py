@@ -40,8 +40,8 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
             "## Training",
             "",
             *(f"- {_loss_line(loss)}" for loss in config.losses),
-            f"- {config.distill.optimizer}, learning rate {config.distill.lr:g}, at most {config.distill.epochs} epochs, "
-            f"seed {config.seed}",
+            f"- {config.distill.optimizer}, learning rate {config.distill.lr:g}, "
+            f"at most {config.distill.epochs} epochs, seed {config.seed}",
             "",
             "## Use",
             "",

@@ -30,8 +30,9 @@ _TRAINING = (
 
 
 def graph_fingerprint(config: Config) -> str:
-    """Of the graph store."""
-    return _of("graph", config.graph, config.partition, config.halo_hops(), config.seed)
+    """Of the graph store; ``halo_hops: auto`` and the number it stands for are the same."""
+    partition = config.partition.model_dump(mode="json", exclude={"halo_hops"})
+    return _of("graph", config.graph, partition, config.halo_hops(), config.seed)
 
 
 def trained_teacher_fingerprint(config: Config) -> str:

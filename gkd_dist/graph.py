@@ -218,15 +218,6 @@ class Batch:
         """Number of in-edges of owned nodes."""
         return int(self.graph.pattern.indptr[self.num_owned])
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors, for memory budgets."""
-        pattern = self.graph.pattern
-        tensors = [self.x, self.y, self.train_mask, self.val_mask, self.test_mask, self.n_id, self.graph.in_degree]
-        tensors += [pattern.indptr, pattern.indices, pattern.t_indptr, pattern.t_indices, pattern.t_perm]
-        tensors += [t for t in (self.teacher_logits, *self.teacher_scores.values()) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def mask(self, split: str) -> Tensor:
         """Mask of ``train``, ``val`` or ``test`` over the owned nodes."""
         return {"train": self.train_mask, "val": self.val_mask, "test": self.test_mask}[split]

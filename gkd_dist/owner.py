@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import TracebackType
 
 from gkd_dist import layout
-from gkd_dist.errors import DataError, InfrastructureError, ObjectNotFoundError, OwnershipError
+from gkd_dist.errors import InfrastructureError, JsonError, ObjectNotFoundError, OwnershipError
 from gkd_dist.storage import Storage
 
 _log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Ownership:
             value = self._storage.read_json(layout.OWNER)
         except ObjectNotFoundError:
             return None
-        except DataError:
+        except JsonError:
             value = None
         owner = _parse(value)
         if owner is None:

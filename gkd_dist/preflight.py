@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from gkd_dist.config import Config
 from gkd_dist.errors import ConfigError
+from gkd_dist.session import is_local
 
 
 def check_devices(config: Config) -> None:
@@ -20,8 +19,7 @@ def check_devices(config: Config) -> None:
 def _check_local_gpus(config: Config) -> None:
     infer, distill = config.infer, config.distill
     wanted = max(infer.num_actors * infer.gpus_per_actor, distill.num_workers * distill.gpus_per_worker)
-    local = config.ray.address == "local" and "RAY_ADDRESS" not in os.environ
-    if not wanted or not local:
+    if not wanted or not is_local(config):
         return  # a cluster is asked when it answers
     import torch
 

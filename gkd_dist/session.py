@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -103,9 +104,9 @@ class Session:
             self._pool = self._exit.enter_context(ActorPool(self.config.infer))
         return self._pool
 
-    def release_actors(self) -> None:
-        """Ends the actors, whose processors the students need."""
-        if self._pool is not None:
+    def make_room_for_workers(self) -> None:
+        """Ends idle actors where students may need their processors; a local Ray has room for both."""
+        if self._pool is not None and not (is_local(self.config) and self.config.ray.num_cpus is None):
             self._pool.close()
             self._pool = None
 
@@ -115,13 +116,22 @@ class Session:
         self._exit.close()
 
 
+def is_local(config: Config) -> bool:
+    """Whether this command starts a Ray of its own."""
+    return config.ray.address == "local" and "RAY_ADDRESS" not in os.environ
+
+
 def needed_resources(config: Config) -> tuple[float, float]:
-    """(CPUs, GPUs) that the largest stage takes at a time."""
+    """(CPUs, GPUs) that the run takes at a time.
+
+    The CPUs of a local Ray are a count, not hardware: there idle actors may stay while students
+    train. A cluster is asked for what its largest stage takes.
+    """
     infer, distill = config.infer, config.distill
     workers = distill.num_workers if distill.launcher == "ray" else 0
-    cpus = max(infer.num_actors * infer.cpus_per_actor, workers * distill.cpus_per_worker)
+    cpus = (infer.num_actors * infer.cpus_per_actor, workers * distill.cpus_per_worker)
     gpus = max(infer.num_actors * infer.gpus_per_actor, workers * distill.gpus_per_worker)
-    return cpus, gpus
+    return (sum(cpus) if is_local(config) and config.ray.num_cpus is None else max(cpus)), gpus
 
 
 @contextlib.contextmanager

@@ -190,20 +190,26 @@ def plan_knowledge(config: Config, meta: dict[str, Any]) -> tuple[dict[int, set[
         choice = config.infer.scores
         if choice == "auto":
             choice = "scores" if per_edge <= per_node else "embeddings"
-            crossover = width * (1 + meta["halo_factor"]) / len(metrics)
-            log.info(
-                "layer %d: %s stored (average degree %.1f; embeddings of width %d are smaller above %.1f)",
-                layer,
-                choice,
-                meta["num_edges"] / meta["num_nodes"],
-                width,
-                crossover,
-            )
         if choice == "scores":
             scores[layer] = set(metrics)
         else:
             embeddings.add(layer)
     return scores, embeddings
+
+
+def say_knowledge(config: Config, meta: dict[str, Any]) -> None:
+    """Tells what is stored of each layer, and from which average degree on the other form is smaller."""
+    scores, _ = plan_knowledge(config, meta)
+    for layer, metrics in sorted(config.knowledge_layers().items()):
+        width = layer_width(config, layer, int(meta["num_classes"]))
+        log.info(
+            "layer %d: %s stored (average degree %.1f; embeddings of width %d are smaller above %.1f)",
+            layer,
+            "scores" if layer in scores else "embeddings",
+            meta["num_edges"] / meta["num_nodes"],
+            width,
+            width * (1 + meta["halo_factor"]) / len(metrics),
+        )
 
 
 def infer_fingerprint(session: Session) -> str:
@@ -236,6 +242,7 @@ def infer(session: Session) -> None:
 
     graph = open_graph(session)
     scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
+    say_knowledge(session.config, graph.manifest.meta)
     with task_progress(session, "infer") as progress:
         infer_nodes(
             session.teacher,
@@ -329,7 +336,7 @@ def distill(session: Session) -> None:
             return
         from gkd_dist.distill.placement import train_on_ray
 
-        session.release_actors()
+        session.make_room_for_workers()
         session.start_ray()
         train_on_ray(job, follow)
 

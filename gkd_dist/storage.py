@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 from gkd_dist.config import StorageConfig
-from gkd_dist.errors import ConfigError, DataError, StorageError
+from gkd_dist.errors import ConfigError, JsonError, StorageError
 from gkd_dist.storage_errors import Patience, attempt
 from gkd_dist.storage_local import LocalBackend
 
@@ -163,12 +163,12 @@ class Storage:
     # --- JSON ---
 
     def read_json(self, key: str) -> Any:
-        """Value of a JSON object; DataError where it is not JSON."""
+        """Value of a JSON object; JsonError where it is not JSON."""
         data = self.read(key)
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise DataError(
+            raise JsonError(
                 f"{self.describe(key)} is not JSON ({error}); it was altered or cut short: "
                 "run the stage that writes it again"
             ) from error

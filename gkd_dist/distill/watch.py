@@ -13,7 +13,8 @@ from gkd_dist.distill.step import StepReport
 from gkd_dist.distill.validation import Metrics
 from gkd_dist.errors import StorageError
 from gkd_dist.storage import Storage
-from gkd_dist.telemetry import MetricsWriter, peak_rss_bytes
+from gkd_dist.telemetry import peak_rss_bytes
+from gkd_dist.tensorboard import MetricsWriter
 
 PROGRESS = "progress.json"
 _EVERY_S = 1.0

@@ -85,6 +85,8 @@ class ActorPool:
         """Process ids of the actors; waits until all have started."""
         self._start()
         found: list[int] = ray.get([place.actor.ping.remote() for place in self._places])
+        for place, pid in zip(self._places, found, strict=True):
+            place.pid = pid
         return found
 
     def submit(self, request: Request) -> None:
@@ -175,11 +177,13 @@ class ActorPool:
             place.actor, place.restarts, place.ping, place.pid = self._new_actor(), place.restarts + 1, None, None
             return
         self._places.remove(place)
-        log.warning("inference actor %d was lost %d times and is given up", place.number, place.restarts + 1)
+        log.warning(
+            "inference actor %d is given up after %d restarts (infer.max_restarts)", place.number, place.restarts
+        )
         if not self._places:
             raise TeacherError(
-                f"all {self._settings.num_actors} inference actors were lost {self._settings.max_restarts + 1} times; "
-                "see the Ray logs for the reason, and run the same command again to go on"
+                f"all {self._settings.num_actors} inference actors were lost, each after {self._settings.max_restarts} "
+                "restarts; see the Ray logs for the reason, and run the same command again to go on"
             ) from error
 
     def _look_around(self) -> None:

@@ -86,4 +86,5 @@ def build_conv(kind: str, d_in: int, d_out: int, heads: int, dropout: float) -> 
     options: dict[str, Any] = {"gcn": {}, "sage": {}, "gat": {"heads": heads, "dropout": dropout}}.get(kind, {})
     if kind == "gin":
         return GIN(nn.Sequential(nn.Linear(d_in, d_out), nn.ReLU(), nn.Linear(d_out, d_out)), train_eps=True)
-    return {"gcn": GCN, "sage": SAGE, "gat": GAT, "mlp": Dense}[kind](d_in, d_out, **options)
+    convs: dict[str, type[nn.Module]] = {"gcn": GCN, "sage": SAGE, "gat": GAT, "mlp": Dense}
+    return convs[kind](d_in, d_out, **options)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gkd_dist import layout
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig, StorageConfig
-from gkd_dist.errors import DataError, ModelError, ObjectNotFoundError
+from gkd_dist.errors import DataError, JsonError, ModelError, ObjectNotFoundError
 from gkd_dist.models.build import build_model
 from gkd_dist.shards.codec import decode, encode
 from gkd_dist.storage import Storage
@@ -67,7 +67,7 @@ def read_model_document(storage: Storage) -> dict[str, Any]:
         raise ModelError(
             f"no model at {storage.url} ({layout.MODEL_JSON} is missing); train one or correct the URL"
         ) from error
-    except ValueError as error:
+    except JsonError as error:
         raise ModelError(f"{where} is not JSON; write the model again") from error
     if not isinstance(document, dict) or not isinstance(document.get("format_version"), int):
         raise ModelError(f"{where} is not a model description; write the model again")
@@ -75,6 +75,9 @@ def read_model_document(storage: Storage) -> dict[str, Any]:
         raise ModelError(
             f"{where} has format {document['format_version']}, this version reads {FORMAT_VERSION}; upgrade gkd_dist"
         )
+    weights = document.get("weights")
+    if not isinstance(weights, dict) or not isinstance(weights.get("num_bytes"), int) or "sha256" not in weights:
+        raise ModelError(f"{where} does not say which weights it is about; write the model again")
     return document
 
 
@@ -122,12 +125,14 @@ def _read_weights(storage: Storage, document: dict[str, Any]) -> dict[str, Tenso
         data = storage.read(layout.MODEL_WEIGHTS)
     except ObjectNotFoundError as error:
         raise ModelError(f"{where} is missing; train the model again") from error
-    expected = document.get("weights", {})
-    if len(data) != expected.get("num_bytes") or hashlib.sha256(data).hexdigest() != expected.get("sha256"):
+    expected = document["weights"]
+    if len(data) != expected["num_bytes"]:
         raise ModelError(
-            f"{where} is truncated or altered ({len(data):,} bytes, expected {expected.get('num_bytes'):,} and "
-            "another digest); train the model again"
+            f"{where} is truncated or altered ({len(data):,} bytes, expected {expected['num_bytes']:,}); "
+            "train the model again"
         )
+    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        raise ModelError(f"{where} is altered (its sha256 is not that of {layout.MODEL_JSON}); train the model again")
     return decode(data)
 
 
@@ -144,8 +149,9 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     for name, value in own.items():
         if value.shape != state[name].shape:
             raise ModelError(
-                f"the weights at {where} do not fit: {name} has shape {list(state[name].shape)}, the model and the data "
-                f"need {list(value.shape)}; correct the model's hidden, heads and layers, or use data of the same width"
+                f"the weights at {where} do not fit: {name} has shape {list(state[name].shape)}, the model and the "
+                f"data need {list(value.shape)}; correct the model's hidden, heads and layers, or use data of the "
+                "same width"
             )
     model.load_state_dict(state)
 

@@ -10,6 +10,7 @@ Shapes: ``n`` local nodes, ``d_l`` width of layer l, ``c`` classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkd_dist.config import ModelConfig
+from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.models.convs import Dense, build_conv
 from gkd_dist.models.norm import OwnedBatchNorm
@@ -30,7 +32,13 @@ def is_layered(model: nn.Module) -> bool:
 def forward_layers(
     model: Any, x: Tensor, graph: LocalGraph, layers: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits [n, c] of a layered model and the outputs ``z_l`` [n, d_l] of ``layers`` (from 1)."""
+    """Logits [n, c] of a layered model and the outputs ``z_l`` [n, d_l] of ``layers`` (from 1).
+
+    `ModelError` for a layer that the model does not have.
+    """
+    absent = sorted(layer for layer in layers if not 1 <= layer <= model.num_layers)
+    if absent:
+        raise ModelError(f"the model has layers 1 to {model.num_layers} (got {absent[0]}); ask for one of those")
     kept: dict[int, Tensor] = {}
     h = model.activate(0, x)
     for layer in range(1, model.num_layers + 1):
@@ -59,7 +67,7 @@ class LayeredModel(nn.Module):
         hidden = config.hidden * config.heads
         widths = [in_channels, *[hidden] * (config.layers - 1), out_channels]
         self.convs, self.norms, self.skips = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for layer, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for layer, (d_in, d_out) in enumerate(pairwise(widths), start=1):
             last = layer == config.layers
             heads = 1 if last else config.heads
             self.convs.append(build_conv(config.kind, d_in, d_out // heads, heads, config.dropout))

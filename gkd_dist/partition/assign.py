@@ -20,7 +20,8 @@ def assign_parts(method: str, edge_index: Tensor, num_nodes: int, num_parts: int
     """
     if num_parts > num_nodes:
         raise GraphError(
-            f"the graph has {num_nodes:,} nodes, fewer than partition.num_parts {num_parts:,}; lower partition.num_parts"
+            f"the graph has {num_nodes:,} nodes, fewer than partition.num_parts {num_parts:,}; "
+            "lower partition.num_parts"
         )
     if num_parts == 1:
         return torch.zeros(num_nodes, dtype=torch.int64)

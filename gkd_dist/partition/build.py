@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from gkd_dist.shards.manifest import Manifest, ObjectEntry
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
 
-log = logging.getLogger(__name__)
 SPARSE_BELOW = 0.1  # density under which features are stored as CSR: 8 bytes per value against 4 per cell
 
 

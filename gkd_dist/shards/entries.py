@@ -10,8 +10,8 @@ from typing import Any
 from gkd_dist import layout
 from gkd_dist.errors import ManifestError
 
-_STAGES = {"graph": "partition", "knowledge": "infer"}
-_PART_KEY = re.compile(r"part-(\d{5,})-[0-9a-f]{8}\.safetensors")
+_STAGES = {"graph": "partition", "knowledge": "infer", "predictions": "predict"}
+_PART_KEY = re.compile(r"part-(\d{5,})-[0-9a-f]{8}\.(?:safetensors|parquet)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from infer_worlds import World, assert_close, make_graph, whole
 
 from gkd_dist.config import InferConfig, RayConfig
 from gkd_dist.errors import ModelError, ShardError, TeacherError
+from gkd_dist.infer import actor
 from gkd_dist.infer.actor import ActorPool
 from gkd_dist.infer.cluster import start_ray
 from gkd_dist.infer.plan import Wants
@@ -39,40 +40,47 @@ def ray_runs() -> Iterator[None]:
     assert not any(process.is_running() for process in running)
 
 
+@pytest.fixture(scope="module")
+def pool(ray_runs: None) -> Iterator[ActorPool]:
+    """One pool serves all runs, as it does in `gkd run`."""
+    with ActorPool(SETTINGS) as pool:
+        yield pool
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path, make_graph())
 
 
-def test_two_actors_give_the_bytes_of_one_process(ray_runs: None, world: World) -> None:
+def test_two_actors_give_the_bytes_of_one_process(pool: ActorPool, world: World) -> None:
     graph = world.cut(2)
-    with ActorPool(SETTINGS) as pool:
-        for kind in ("gcn", "gat"):  # one pool serves many models
-            storage, model = world.model(kind)
-            out = world.storage(f"ray-{kind}")
-            found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool)
-            alone = world.storage(f"alone-{kind}")
-            assert found == infer_nodes(storage, graph, alone, WANTS, SETTINGS, fingerprint="f" * 64)
-            with torch.no_grad():
-                assert_close(whole(graph, out, found, "logits"), model(world.graph.x, world.graph.edge_index))
+    for kind in ("gcn", "gat"):
+        storage, model = world.model(kind)
+        out, alone = world.storage(f"ray-{kind}"), world.storage(f"alone-{kind}")
+        found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool)
+        assert found == infer_nodes(storage, graph, alone, WANTS, SETTINGS, fingerprint="f" * 64)
+        with torch.no_grad():
+            assert_close(whole(graph, out, found, "logits"), model(world.graph.x, world.graph.edge_index))
 
 
-def test_sigkill_of_an_actor_changes_nothing(ray_runs: None, world: World) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_actor_that_dies_or_hangs_changes_nothing(
+    pool: ActorPool, world: World, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor, "_WAIT_S", 0.5)
+    monkeypatch.setattr(actor, "_SILENT_S", 3.0)
     graph, (storage, _) = world.cut(4), world.model("sage")
-    killed = []
-    with ActorPool(SETTINGS) as pool:
-        pids = pool.pids()
+    pids = pool.pids()
 
-        def kill(done: int, total: int) -> None:
-            if done == 2 and not killed:
-                killed.append(pids[0])
-                os.kill(pids[0], signal.SIGKILL)
+    def strike(done: int, total: int) -> None:
+        if done == 2:
+            os.kill(pids[0], how)
 
-        out = world.storage("killed")
-        found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool, progress=kill)
-        assert killed
-        assert killed[0] not in pool.pids()
-    assert found == infer_nodes(storage, graph, world.storage("alone"), WANTS, SETTINGS, fingerprint="f" * 64)
+    out, alone = world.storage("ray"), world.storage("alone")
+    found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool, progress=strike)
+    assert pids[0] not in pool.pids()
+    assert not psutil.pid_exists(pids[0])
+    assert found == infer_nodes(storage, graph, alone, WANTS, SETTINGS, fingerprint="f" * 64)
 
 
 def test_actors_that_are_lost_too_often_end_the_run_which_can_go_on(ray_runs: None, world: World) -> None:
@@ -85,24 +93,25 @@ def test_actors_that_are_lost_too_often_end_the_run_which_can_go_on(ray_runs: No
             if done == 3:
                 os.kill(pids[0], signal.SIGKILL)
 
-        with pytest.raises(TeacherError, match="all 1 inference actors were lost"):
+        with pytest.raises(TeacherError, match="all 1 inference actors were lost, each after 0 restarts"):
             infer_nodes(storage, graph, out, WANTS, once, fingerprint="f" * 64, pool=pool, progress=kill)
-    steps: list[int] = []
-    infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, progress=lambda done, _: steps.append(done))
-    assert steps[0] == 3
+    steps: list[tuple[int, int]] = []
+    infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, progress=lambda *step: steps.append(step))
+    (resumed_at, num_tasks), last = steps[0], steps[-1]
+    assert 3 <= resumed_at < num_tasks
+    assert last == (num_tasks, num_tasks)
 
 
-def test_errors_of_ours_come_back_as_they_were_raised(ray_runs: None, world: World) -> None:
+def test_errors_of_ours_come_back_as_they_were_raised(pool: ActorPool, world: World) -> None:
     graph, (storage, _) = world.cut(2), world.model("gcn")
     entry = graph.manifest.parts[1]
-    data = bytearray(graph.storage.read(entry.key))
-    data[entry.tensors[0].start] ^= 1
-    with ActorPool(SETTINGS) as pool:
-        world.graph.x[0, 0] = torch.nan
-        with pytest.raises(ModelError, match="NaN or infinite") as caught:
-            poisoned = world.cut(2, "random")
-            infer_nodes(storage, poisoned, world.storage("a"), WANTS, SETTINGS, fingerprint="a" * 64, pool=pool)
-        assert type(caught.value) is ModelError
-        graph.storage.write(entry.key, bytes(data))
-        with pytest.raises(ShardError, match="part-00001-"):
-            infer_nodes(storage, graph, world.storage("b"), WANTS, SETTINGS, fingerprint="b" * 64, pool=pool)
+    damaged = bytearray(graph.storage.read(entry.key))
+    damaged[entry.tensors[0].start] ^= 1
+    world.graph.x[0, 0] = torch.nan
+    poisoned = world.cut(2, "random")
+    with pytest.raises(ModelError, match="NaN or infinite") as caught:
+        infer_nodes(storage, poisoned, world.storage("a"), WANTS, SETTINGS, fingerprint="a" * 64, pool=pool)
+    assert type(caught.value) is ModelError
+    graph.storage.write(entry.key, damaged)
+    with pytest.raises(ShardError, match="part-00001-"):
+        infer_nodes(storage, graph, world.storage("b"), WANTS, SETTINGS, fingerprint="b" * 64, pool=pool)

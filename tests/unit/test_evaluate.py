@@ -126,7 +126,7 @@ def test_equals_torchmetrics(tmp_path: Path, multilabel: bool) -> None:
 def test_predictions_about_another_graph_are_refused(tmp_path: Path) -> None:
     graph = cut(tmp_path / "graph", torch.tensor([0, 1, 1, 2]), TRAIN)
     stored = store_logits(graph, tmp_path / "k", one_hot(0, 1, 2, 0), fingerprint="of another one")
-    with pytest.raises(ManifestError, match="of another one"):
+    with pytest.raises(ManifestError, match="made from graph of anoth"):
         evaluate_logits(graph, stored)
 
 

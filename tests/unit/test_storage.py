@@ -20,7 +20,7 @@ from fsspec.registry import _registry as fsspec_registry
 
 from gkd_dist import storage_errors
 from gkd_dist.config import StorageConfig
-from gkd_dist.errors import ConfigError, DataError, ObjectNotFoundError, StorageError
+from gkd_dist.errors import ConfigError, JsonError, ObjectNotFoundError, StorageError
 from gkd_dist.storage import Storage, parse_url
 
 
@@ -102,7 +102,7 @@ def test_json_round_trip_is_sorted_utf8(store: Storage) -> None:
     assert store.read("value.json").decode() == '{\n "a": "Straße",\n "b": [\n  1,\n  null\n ]\n}\n'
     assert store.read_json("value.json") == {"a": "Straße", "b": [1, None]}
     store.write("value.json", b'{"a": ')
-    with pytest.raises(DataError, match=r"value\.json is not JSON .*run the stage"):
+    with pytest.raises(JsonError, match=r"value\.json is not JSON .*run the stage"):
         store.read_json("value.json")
 
 
