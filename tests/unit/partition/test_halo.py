@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from graphs import in_edges, path
+from graphs import graph_of, in_edges, path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from infer_worlds import make_graph
@@ -91,7 +91,7 @@ def test_more_hops_than_the_graph_has_add_nothing() -> None:
 
 
 def test_only_in_edges_reach_into_the_halo() -> None:
-    graph = path(edge_index=torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]))  # 0 -> 1 -> ... -> 5
+    graph = graph_of(torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]), 6)  # 0 -> 1 -> ... -> 5
     left, right = cut(graph, HALVES, 2, halo_hops=2).nodes
     assert left.n_id.tolist() == [0, 1, 2]
     assert right.n_id.tolist() == [3, 4, 5, 2, 1]
@@ -99,8 +99,7 @@ def test_only_in_edges_reach_into_the_halo() -> None:
 
 def test_halo_is_ordered_by_hop_then_owner_then_id() -> None:
     # node 0 of part 0 has in-neighbours 1 to 4 (hop 1) and through them 5 and 6 (hop 2)
-    graph = make_graph(num_nodes=8)
-    graph = path(edge_index=torch.tensor([[4, 3, 2, 1, 6, 5], [0, 0, 0, 0, 1, 4]]), x=graph.x[:7])
+    graph = graph_of(torch.tensor([[4, 3, 2, 1, 6, 5], [0, 0, 0, 0, 1, 4]]), 7)
     part = cut(graph, torch.tensor([0, 2, 1, 2, 1, 2, 1]), 3, halo_hops=2).nodes[0]
     assert part.n_id.tolist() == [0, 2, 4, 1, 3, 6, 5]
     assert part.halo_owner.tolist() == [1, 1, 2, 2, 1, 2]
@@ -108,7 +107,7 @@ def test_halo_is_ordered_by_hop_then_owner_then_id() -> None:
 
 
 def test_a_part_without_neighbours_sends_nothing() -> None:
-    graph = path(edge_index=torch.empty(2, 0, dtype=torch.int64))
+    graph = graph_of(torch.empty(2, 0, dtype=torch.int64), 6)
     for plan in cut(graph, HALVES, 2, halo_hops=1).plans:
         assert (plan.part.numel(), plan.ptr.tolist(), plan.rows.numel()) == (0, [0], 0)
 

@@ -1,0 +1,51 @@
+"""Starts the ranks of a test group as fresh processes and collects them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 100) -> None:
+    """Runs ``script`` on every rank; raises with the ranks' errors unless all of them succeed."""
+    env = {
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, str(ROOT / "tests/distributed" / script), *arguments]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    failed = [(rank, out) for rank, (process, out) in enumerate(zip(ranks, outputs, strict=True)) if process.returncode]
+    assert not failed, "\n".join(f"rank {rank}:\n{out[-3000:]}" for rank, out in failed)
