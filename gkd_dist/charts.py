@@ -50,31 +50,28 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About ``count`` multiples of 1, 2 or 5 times a power of ten within [low, high]."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.75)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within [low, high], with 2 and 5 between them where there are few."""
+    """Powers of ten within [low, high], at most seven; with 2 and 5 between them where there are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
-    every = max(1, len(powers) // 6)
-    values = [factor * 10.0**power for power in powers[::every] for factor in factors]
-    return [value for value in values if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
+    inside = [power for power in powers if low <= 10.0**power <= high]
+    factors = (1, 2, 5) if len(inside) <= 2 else (1,)
+    every = math.ceil(len(inside) / 7) or 1
+    values = [factor * 10.0**power for power in (powers if every == 1 else inside[::every]) for factor in factors]
+    return [value for value in values if low <= value <= high]
 
 
 def short(value: float) -> str:
     """Number of an axis: ``1.5k``, ``20M``, ``0.05``, ``1e-5``."""
-    if value == 0:
-        return "0"
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    if abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.2g}".split("e") if "e" in f"{value:.2g}" else (f"{value:.2g}", "")
-        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
-    return f"{value:.3g}"
+            return f"{value / limit:.4g}{suffix}"
+    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def thin(points: Sequence[Point], buckets: int = _MAX_BUCKETS) -> list[Point]:
@@ -135,7 +132,7 @@ def bar_chart(names: Sequence[str], layers: Sequence[Series], x_label: str) -> s
                 f'<rect class="b s{layer.style}" x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" '
                 f'height="{max(0.0, bottom - top):.1f}"><title>{escape(hint)}</title></rect>'
             )
-    every = math.ceil(len(names) / 16)
+    every = math.ceil((max(map(len, names)) * 6.5 + 8) / slot)
     for index in range(0, len(names), every):
         body.append(_text(_LEFT + slot * (index + 0.5), HEIGHT - _BOTTOM + 15, names[index], "middle"))
     body.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 5, x_label, "middle"))
@@ -162,7 +159,8 @@ def _grid(axis: Axis) -> str:
         y = axis.at(value)
         parts.append(f'<line class="grid-line" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(_LEFT - 7, y + 4, short(value), "end"))
-    return "".join(parts)
+    base = HEIGHT - _BOTTOM
+    return "".join([*parts, f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{base}" y2="{base}"/>'])
 
 
 def _x_ticks(axis: Axis, label: str) -> str:

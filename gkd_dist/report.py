@@ -46,8 +46,7 @@ def format_table(metrics: Mapping[str, Any]) -> str:
 def table_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of models, as text."""
     models = ordered_models(metrics.get("models", {}))
-    kinds = {row.get("metric", "accuracy") for _, row in models}
-    name = _METRICS.get(kinds.pop(), "score") if len(kinds) == 1 else "score"
+    name = metric_name(metrics)
     header = ["model", *(f"{split} {name}" for split in _SPLITS), "parameters", "inference", "agreement", "LSP KL"]
     rows = [
         [
@@ -61,6 +60,12 @@ def table_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for model, row in models
     ]
     return header, rows
+
+
+def metric_name(metrics: Mapping[str, Any]) -> str:
+    """``accuracy`` or ``micro-F1``; ``score`` where models differ."""
+    kinds = {row.get("metric", "accuracy") for row in metrics.get("models", {}).values()}
+    return _METRICS.get(kinds.pop(), "score") if len(kinds) == 1 else "score"
 
 
 def ordered_models(models: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -96,7 +101,7 @@ def build_report(metrics: Mapping[str, Any], curves: Curves, partition: Mapping[
     title = str(meta.get("name") or "graph")
     sections = [
         page.section("Result", _result(metrics)),
-        page.section("Learning curves", _learning(curves)),
+        page.section("Learning curves", _learning(curves, metric_name(metrics))),
         page.section("Local structure", _structure(metrics, curves)),
         page.section("Partition", _partition(meta, partition.get("parts", []))),
         page.section("Stages", _stages(metrics.get("stages", {}))),
@@ -113,7 +118,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     score = _test(student)
     if score is None or student is None:
         return ""
-    name = _METRICS.get(student.get("metric", "accuracy"), "score")
+    name = metric_name(metrics)
     text = f"The distilled student reaches a test {name} of {score:.4f}"
     if (without := _test(alone)) is not None:
         text += f", {(score - without) * 100:+.2f} points against the same student without a teacher"
@@ -151,24 +156,25 @@ def style_of(model: str) -> int:
     return [*LABELS].index(model) if model in LABELS else 3
 
 
-def _learning(curves: Curves) -> str:
-    terms = [
-        Series(name.removeprefix("loss/"), number % 6, points)
-        for number, (name, points) in enumerate(
-            (name, points) for name, points in curves.get("distilled", {}).items() if name.startswith("loss/")
-        )
-    ]
-    shown = ("accuracy/val", "accuracy/train", "loss/label")
+def _learning(curves: Curves, metric: str) -> str:
+    names = {name for scalars in curves.values() for name in scalars}
+    others = sorted(names - {"accuracy/val", "accuracy/train", "loss/label"})
+    more = [_by_model(name, name, curves) for name in others if not name.startswith(("loss/", "lsp/"))]
+    terms = _terms(curves.get("distilled", {}))
     figures = [
-        _by_model("Validation score", "accuracy/val", curves),
-        _by_model("Training score", "accuracy/train", curves),
+        _by_model(f"Validation {metric}", "accuracy/val", curves),
+        _by_model(f"Training {metric}", "accuracy/train", curves),
         _by_model("Label loss", "loss/label", curves),
         page.figure("Loss terms of the distilled student", terms, line_chart(terms, "step")),
     ]
-    names = {name for scalars in curves.values() for name in scalars}
-    others = sorted(name for name in names if name not in shown and not name.startswith(("loss/", "lsp/")))
-    more = page.grid([_by_model(name, name, curves) for name in others])
-    return page.grid(figures) + page.folded("more curves", more)
+    return page.grid(figures) + page.folded("more curves", page.grid(more))
+
+
+def _terms(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> list[Series]:
+    """The terms of the objective as lines, the total first and in grey."""
+    names = sorted((name for name in scalars if name.startswith("loss/")), key=lambda name: name != "loss/total")
+    colours = {name: (2, 1, 4, 5, 3)[place % 5] for place, name in enumerate(sorted(set(names) - {"loss/total"}))}
+    return [Series(name.removeprefix("loss/"), colours.get(name, 0), scalars[name]) for name in names]
 
 
 def _by_model(title: str, scalar: str, curves: Curves) -> str:
@@ -177,7 +183,8 @@ def _by_model(title: str, scalar: str, curves: Curves) -> str:
         for model, scalars in ordered_models(curves)
         if scalars.get(scalar)
     ]
-    return page.figure(title, series, line_chart(series, "step"))
+    spans_decades = scalar == "lr" or scalar.startswith(("loss/", "lsp/"))
+    return page.figure(title, series, line_chart(series, "step", log=None if spans_decades else False))
 
 
 def _structure(metrics: Mapping[str, Any], curves: Curves) -> str:
@@ -185,7 +192,7 @@ def _structure(metrics: Mapping[str, Any], curves: Curves) -> str:
     rows = [(name, value) for name, value in values.items() if value is not None]
     bars = [Series(LABELS.get(name, name), style_of(name), [(i, value)]) for i, (name, value) in enumerate(rows)]
     names = [LABELS.get(name, name) for name, _ in rows]
-    final = page.figure("Divergence from the teacher at the end", bars, bar_chart(names, bars, ""))
+    final = page.figure("Divergence from the teacher at the end", [], bar_chart(names, bars, ""))
     return page.grid([_by_model("Divergence from the teacher while training", "lsp/kl", curves), final])
 
 
@@ -206,8 +213,8 @@ def _partition(meta: Mapping[str, Any], parts: Sequence[Mapping[str, int]]) -> s
     ]
     chosen = _some_parts(parts)
     names = [str(index) for index in chosen]
-    nodes = [_layer("owned nodes", 1, parts, chosen, "num_owned"), _layer("halo nodes", 3, parts, chosen, "num_halo")]
-    owned = _layer("in-edges of owned nodes", 1, parts, chosen, "num_owned_edges")
+    nodes = [_layer("owned nodes", 2, parts, chosen, "num_owned"), _layer("halo nodes", 3, parts, chosen, "num_halo")]
+    owned = _layer("in-edges of owned nodes", 2, parts, chosen, "num_owned_edges")
     halo = [
         (place, parts[index].get("num_edges", 0) - parts[index].get("num_owned_edges", 0))
         for place, index in enumerate(chosen)

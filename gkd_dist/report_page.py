@@ -44,6 +44,7 @@ figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .grid-line { stroke: var(--rule); stroke-width: 1; }
+.axis { stroke: var(--soft); stroke-width: 1; }
 .l { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; stroke: var(--c); }
 .p, .b { fill: var(--c); }
 .key { background: var(--c); }
@@ -127,7 +128,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 def pairs(values: Iterable[tuple[str, str]]) -> str:
     """Names with small values below them."""
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values)
-    return f'<dl class="pairs">{shown}</dl>'
+    return f'<dl class="pairs">{shown}</dl>' if shown else ""
 
 
 def note(text: str) -> str:

@@ -8,6 +8,8 @@ import math
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,6 +108,8 @@ def _join(config: RayConfig, address: str) -> None:
     match = _ADDRESS.fullmatch(address)
     if match:
         _await_listener(match["host"].strip("[]"), int(match["port"]), deadline, address)
+        if not address.startswith("ray://"):
+            _check_health(address, deadline)
     elif address != "auto" and not address.startswith("ray://"):
         raise ConfigError(f"ray.address must be local, auto or host:port (got {address!r}); correct it or RAY_ADDRESS")
     try:
@@ -118,7 +122,7 @@ def _join(config: RayConfig, address: str) -> None:
 
 
 def _await_listener(host: str, port: int, deadline: float, address: str) -> None:
-    """Waits until something listens: Ray's own attempt would take minutes to give up."""
+    """Waits until something listens."""
     start = time.monotonic()
     while True:
         try:
@@ -131,6 +135,25 @@ def _await_listener(host: str, port: int, deadline: float, address: str) -> None
                     "cluster, correct ray.address or RAY_ADDRESS, or set ray.address=local"
                 ) from error
             time.sleep(0.5)
+
+
+def _check_health(address: str, deadline: float) -> None:
+    """Asks whether what listens is a Ray that works, in a process that can be ended.
+
+    `ray.init` would go on trying for a quarter of an hour.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    allowed_s = max(1.0, deadline - time.monotonic())
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=allowed_s, check=False)
+        reason = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {allowed_s:.0f} s"
+    if reason:
+        raise InfrastructureError(
+            f"what listens at {address} is no working Ray cluster ({reason}); give the port of `ray start --head` "
+            "(6379 unless chosen), restart the cluster, raise ray.timeout_s, or set ray.address=local"
+        )
 
 
 def _await_resources(config: RayConfig, what: str, needed_cpus: float, needed_gpus: float) -> None:

@@ -49,5 +49,5 @@ def test_parameters_agree(tmp_path, world_size, stages, optimizer, norm):
     for stage in stages.split(","):
         found = torch.load(tmp_path / f"w{world_size}-z{stage}-{optimizer}-{norm}.pt", weights_only=True)
         for name, value in expected.items():
-            error = (found[name] - value).norm() / value.norm().clamp_min(1e-12)
-            assert error <= TOLERANCE, f"stage {stage}, {name}: {error:.2e}"
+            error, size = float((found[name] - value).norm()), float(value.norm())
+            assert error <= max(TOLERANCE * size, 1e-7), f"stage {stage}, {name}: {error:.2e} of {size:.2e}"

@@ -29,6 +29,18 @@ def test_an_address_where_nothing_answers_is_an_error_in_bounded_time(closed_por
     assert time.monotonic() - start < 20
 
 
+def test_a_listener_that_is_no_ray_is_an_error_in_bounded_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        start = time.monotonic()
+        with (
+            pytest.raises(InfrastructureError, match=rf"what listens at {address} is no working Ray cluster"),
+            start_ray(RayConfig(address=address, timeout_s=2.0), 1, 0),
+        ):
+            pass
+        assert time.monotonic() - start < 20
+
+
 def test_ray_address_of_the_environment_is_used(closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
     with pytest.raises(InfrastructureError, match=f":{closed_port}"), start_ray(RayConfig(timeout_s=0.6), 1, 0):

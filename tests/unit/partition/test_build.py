@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphs import in_edges, path, three_islands
+from graphs import graph_of, in_edges, path, three_islands
 from infer_worlds import make_graph
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def test_balance_is_the_largest_part_over_the_mean(cut: Cut) -> None:
 
 
 def test_a_graph_without_edges(cut: Cut) -> None:
-    store = cut(path(edge_index=torch.empty(2, 0, dtype=torch.int64)), method="random")
+    store = cut(graph_of(torch.empty(2, 0, dtype=torch.int64), 6), method="random")
     assert store.manifest.meta["cut_fraction"] == 0
     assert all(part.counts["num_edges"] == part.counts["num_lsp_nodes"] == 0 for part in store.manifest.parts)
     assert local_graph(store.part(0)).num_edges == 0

@@ -136,7 +136,7 @@ def sources_of(graph: Graph, targets: set[int]) -> set[int]:
     return {s for s, t in graph.edge_index.t().tolist() if t in targets}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cuts())
 def test_every_hop_is_the_next_ring_of_in_neighbours(drawn: tuple[Cut, int]) -> None:
     found, hops = drawn
@@ -151,7 +151,7 @@ def test_every_hop_is_the_next_ring_of_in_neighbours(drawn: tuple[Cut, int]) -> 
         assert torch.equal(part.halo_owner, found.assign[part.n_id[part.num_owned :]])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cuts())
 def test_every_in_edge_of_a_row_is_there_with_its_global_ends(drawn: tuple[Cut, int]) -> None:
     found, _ = drawn
@@ -168,7 +168,7 @@ def test_every_in_edge_of_a_row_is_there_with_its_global_ends(drawn: tuple[Cut, 
             assert bool((keys.diff() > 0).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cuts())
 def test_what_is_sent_is_the_receivers_first_hop(drawn: tuple[Cut, int]) -> None:
     found, _ = drawn
