@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from gkd_dist.errors import ConfigError, StudentError
 
@@ -55,7 +56,7 @@ class World:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         bound = timedelta(seconds=timeout_s)
         if self.world_size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=bound)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=bound)
             return
         try:
             dist.init_process_group(backend, timeout=bound)

@@ -41,7 +41,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Compiling the shared-memory op takes about a minute and serves inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed  # type: ignore[no-any-return]
+    return deepspeed
 
 
 def deepspeed_config(config: DistillConfig, micro_steps: int) -> dict[str, Any]:
@@ -103,9 +103,10 @@ class DeepSpeedEngine:
         self._torch_optimizer = optimizer
 
     @property
-    def module(self) -> nn.Module:
-        """The wrapped `StudentModule`."""
-        return self._engine.module  # type: ignore[no-any-return]
+    def module(self) -> StudentModule:
+        """The wrapped module."""
+        module: StudentModule = self._engine.module
+        return module
 
     @property
     def grad_norm(self) -> float | None:

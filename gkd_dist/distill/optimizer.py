@@ -13,11 +13,11 @@ from gkd_dist.config import LrSchedule, TrainConfig
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of the configuration; plain loops, so that results do not depend on fusing."""
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "foreach": False}
+    lr, decay = config.lr, config.weight_decay
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=config.momentum, **options)
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, foreach=False)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, **options)
+    return kind(parameters, lr=lr, weight_decay=decay, foreach=False)
 
 
 def lr_factor(schedule: LrSchedule, step: int, total_steps: int) -> float:

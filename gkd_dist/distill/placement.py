@@ -62,6 +62,7 @@ def _fit(job: TrainJob, scratch: str) -> None:
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
+    describe_run: Any = RunConfig  # its type stub is that of the earlier Ray Train
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -71,7 +72,7 @@ def _fit(job: TrainJob, scratch: str) -> None:
         torch_config=TorchConfig(
             backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=int(config.collective_timeout_s)
         ),
-        run_config=RunConfig(
+        run_config=describe_run(
             name="students",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=config.max_failures),

@@ -28,7 +28,7 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of ``loss``."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> None:
         """Clips, updates, clears."""

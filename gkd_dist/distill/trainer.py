@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from gkd_dist import layout
 from gkd_dist.config import Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
 from gkd_dist.distill.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from gkd_dist.distill.module import merge_running_statistics
+from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
 from gkd_dist.errors import ModelError
-from gkd_dist.graph import Batch
+from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.objective import Objective
 from gkd_dist.models.build import build_model
 from gkd_dist.models.io import ModelSpec, read_model_document, save_model
@@ -45,9 +45,10 @@ _INIT = -1  # counter of the random numbers that initialise a model
 class TrainEngine(Engine, Protocol):
     """What the loop needs beyond a step."""
 
-    grad_norm: float | None
-    module: nn.Module
-
+    @property
+    def grad_norm(self) -> float | None: ...
+    @property
+    def module(self) -> StudentModule: ...
     def set_lr(self, lr: float) -> None: ...
     def train(self, mode: bool) -> None: ...
     def model_state(self) -> dict[str, Tensor]: ...
@@ -132,6 +133,7 @@ class Trainer:
         self.plan = StreamPlan(task.seed, len(units), per_step, shuffle, self.loader.costs)
         self.micro_steps = micro_steps(self.plan.full_step, world.world_size)
         self.my_units = list(range(len(units)))[world.rank :: world.world_size]
+        self.task_kind: Task = meta["task"]
         self.spec = ModelSpec(task.model, task.graph.num_features, int(meta["num_classes"]), meta["task"])
         self.state = load_checkpoint(task.output, task.fingerprint) or TrainState()
         self.resumed_from = self.state.global_step
@@ -241,7 +243,7 @@ class Trainer:
         return (next(stream)[1] for _ in self.my_units), rounds, self.loader.empty().to(self.world.device)
 
     def _evaluate(self, stream: Prefetcher[int | None], epoch: int) -> None:
-        metrics = validate(self.engine, *self._pass(stream), self.world, self.spec.task)
+        metrics = validate(self.engine, *self._pass(stream), self.world, self.task_kind)
         state, value = self.state, metrics["val"]
         if value is None or value > state.best_metric:
             state.best_metric, state.best_epoch, state.bad_evals = -1.0 if value is None else value, epoch, 0

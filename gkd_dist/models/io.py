@@ -197,7 +197,8 @@ def _decode_state_dict(data: bytes, url: str) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"the checkpoint {url} is no state_dict of tensors; save model.state_dict()")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    wrapped = all(name.startswith("module.") for name in state)  # saved from DataParallel
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
 
 
 def load_model(url: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None) -> nn.Module:

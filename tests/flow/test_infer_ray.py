@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from infer_worlds import World, assert_close, make_graph, whole
 
 from gkd_dist.config import InferConfig, RayConfig
-from gkd_dist.errors import ModelError, ShardError, TeacherError
+from gkd_dist.errors import InfrastructureError, ModelError, ShardError, TeacherError
 from gkd_dist.infer import actor
 from gkd_dist.infer.actor import ActorPool
 from gkd_dist.infer.cluster import start_ray
@@ -115,3 +117,30 @@ def test_errors_of_ours_come_back_as_they_were_raised(pool: ActorPool, world: Wo
     graph.storage.write(entry.key, damaged)
     with pytest.raises(ShardError, match="part-00001-"):
         infer_nodes(storage, graph, world.storage("b"), WANTS, SETTINGS, fingerprint="b" * 64, pool=pool)
+
+
+def test_a_running_cluster_is_joined_and_left_alone(ray_runs: None) -> None:
+    import ray
+
+    program = """
+import sys
+from gkd_dist.config import RayConfig
+from gkd_dist.infer.cluster import start_ray
+with start_ray(RayConfig(address=sys.argv[1]), 2, 0):
+    import ray
+    print(ray.get(ray.remote(lambda: 6 * 7).remote()))
+"""
+    address = ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, "-c", program, address], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip() == "42", done.stderr
+    assert ray.cluster_resources()["CPU"] == 2
+
+
+def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_runs: None) -> None:
+    with (
+        pytest.raises(InfrastructureError, match="needs 99 CPUs and 0 GPUs at a time, the running Ray has 2 and 0"),
+        start_ray(RayConfig(timeout_s=0.5), 99, 0),
+    ):
+        pass
