@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_geometric
+from environment import describe
 from torch import Tensor
 
 from gkd_dist.losses import Neighbours, edge_scores, lsp_loss
@@ -148,26 +147,6 @@ def memory_of_sides(argv: list[str]) -> dict[str, int]:
 # --- report --------------------------------------------------------------------------------------------
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Hardware, versions and commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return {
-        "cpu": cpu or platform.processor(),
-        "gpu": torch.cuda.get_device_name() if args.device.startswith("cuda") else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_geometric": torch_geometric.__version__,
-        "commit": git("rev-parse", "HEAD"),
-        "modified": bool(git("status", "--porcelain", "gkd_dist")),
-    }
-
-
 def print_table(sides: dict[str, dict[str, float]], edge_bytes: int) -> None:
     heads = ("forward s", "backward s", "total s", "peak MiB", "of E·d·4 B", "faster")
     print(" " * 16 + "".join(f"{head:>12s}" for head in heads))
@@ -213,7 +192,12 @@ def main(argv: list[str]) -> None:
     shape = f"n{args.nodes}-k{args.degree}-d{args.channels}{'-undirected' if args.undirected else ''}"
     out = args.out or ROOT / "benchmarks" / "results" / f"lsp-{args.device}-{shape}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"case": case, "sides": sides, "ratios": ratios, "environment": environment(args)}
+    report = {
+        "case": case,
+        "sides": sides,
+        "ratios": ratios,
+        "environment": {**describe(), "threads": torch.get_num_threads()},
+    }
     out.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     print(out)
 
