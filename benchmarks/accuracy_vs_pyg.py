@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class PlainGCN(nn.Module):
         super().__init__()
         model = config.student.model
         widths = [graph.num_features, *[model.hidden] * (model.layers - 1), graph.num_classes]
-        self.convs = nn.ModuleList(GCNConv(a, b, cached=True) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(GCNConv(a, b, cached=True) for a, b in pairwise(widths))
         self.dropout, self.input_dropout = model.dropout, model.input_dropout
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:

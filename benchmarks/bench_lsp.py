@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from environment import describe
 from torch import Tensor
+from torch_geometric.utils import softmax
 
 from gkd_dist.losses import Neighbours, edge_scores, lsp_loss
 
@@ -38,7 +39,7 @@ def gather_lsp(z: Tensor, edge_index: Tensor, teacher_scores: Tensor) -> Tensor:
 
     def structure(scores: Tensor) -> Tensor:
         kernel = torch.exp(-scores / (2 * SIGMA))
-        return torch_geometric.utils.softmax(kernel, target, num_nodes=z.size(0))
+        return softmax(kernel, target, num_nodes=z.size(0))
 
     student = structure((z[source] - z[target]).square().sum(1))
     teacher = structure(teacher_scores)

@@ -2,7 +2,8 @@
 
 Runs ``gkd run configs/quickstart.yaml`` once per seed (graph, split and initial weights change with it) and checks
 that the teacher beats the plain student by 8 points, that distillation helps in every seed and by 2 points on
-average, and that it at least halves the LSP divergence from the teacher. Prints the table and writes JSON; fails where a check does.
+average, and that it at least halves the LSP divergence from the teacher. Prints the table and writes JSON; fails
+where a check does.
 
     python benchmarks/quickstart_seeds.py [--seeds 0 1 2] [--config configs/quickstart.yaml] [key=value ...]
 """
