@@ -5,7 +5,6 @@ Shapes: ``o`` owned nodes of a part; ``c`` classes, or labels of a multi-label t
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from gkd_dist.graph import SPLITS
 from gkd_dist.losses.kernels import Kernel
 from gkd_dist.losses.lsp import lsp_sum
 from gkd_dist.losses.neighbours import Neighbours
+from gkd_dist.metrics import METRIC_NAMES, NUM_COUNTS, metric_of, predicted_labels, split_counts
 from gkd_dist.partition.store import GraphStore, local_graph
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
@@ -25,11 +25,6 @@ from gkd_dist.stream.knowledge import KnowledgeStore, Wants, score_name
 Stored = tuple[Storage, Manifest]  # what `infer_nodes` wrote, and where
 _LOGITS = Wants(logits=True)
 _STRUCTURE = ("n_id", "y", "in_degree", "has_self_loop", "indptr", "indices", "t_indptr", "t_perm")
-
-
-def predicted_labels(logits: Tensor, task: str) -> Tensor:
-    """Class per node int64 [o], or (multilabel) which labels apply, bool [o, c], from ``logits`` [o, c]."""
-    return logits > 0 if task == "multilabel" else logits.argmax(dim=1)
 
 
 def evaluate_logits(graph: GraphStore, predictions: Stored, teacher: Stored | None = None) -> dict[str, Any]:
@@ -44,20 +39,19 @@ def evaluate_logits(graph: GraphStore, predictions: Stored, teacher: Stored | No
     stores = [KnowledgeStore(*stored) for stored in (predictions, teacher) if stored is not None]
     for store in stores:
         store.check(graph.manifest, _LOGITS)
-    counts: Counter[str] = Counter()
+    counts = torch.zeros(len(SPLITS), NUM_COUNTS, dtype=torch.int64)
+    equal = compared = 0
     for part in range(graph.num_parts):
         targets = graph.part(part, ["y", *(f"{split}_mask" for split in SPLITS)])
         labels = [predicted_labels(_logits(store, part, targets["y"]), task) for store in stores]
-        for split in SPLITS:
-            counts.update(_count(split, labels[0], targets["y"], targets[f"{split}_mask"]))
+        counts += torch.stack([split_counts(labels[0], targets["y"], targets[f"{split}_mask"]) for split in SPLITS])
         if teacher is not None:
-            counts.update({"equal": int((labels[0] == labels[1]).sum()), "compared": labels[0].numel()})
-    metric = "micro_f1" if task == "multilabel" else "accuracy"
-    found: dict[str, Any] = {"metric": metric}
-    found |= {split: _score(counts, split) for split in SPLITS}
-    found |= {f"num_{split}": counts[f"{split}_nodes"] for split in SPLITS}
+            equal, compared = equal + int((labels[0] == labels[1]).sum()), compared + labels[0].numel()
+    found: dict[str, Any] = {"metric": METRIC_NAMES[task]}
+    for split, row in zip(SPLITS, counts, strict=True):
+        found[split], found[f"num_{split}"] = metric_of(row), int(row[0])
     if teacher is not None:
-        found["agreement"] = counts["equal"] / max(1, counts["compared"])
+        found["agreement"] = equal / max(1, compared)
     return found
 
 
@@ -70,33 +64,6 @@ def _logits(store: KnowledgeStore, part: int, y: Tensor) -> Tensor:
             "run the inference again"
         )
     return logits
-
-
-def _count(split: str, labels: Tensor, y: Tensor, mask: Tensor) -> dict[str, int]:
-    """Hits and misses among the labelled nodes of a split: true, predicted and actual positives.
-
-    With one class per node each node is one prediction and one actual class, and micro-F1 is the
-    accuracy.
-    """
-    if y.dim() == 1:
-        used = mask & (y >= 0)
-        nodes, hits = int(used.sum()), int((labels[used] == y[used]).sum())
-        return {f"{split}_nodes": nodes, f"{split}_true": hits, f"{split}_predicted": nodes, f"{split}_actual": nodes}
-    used = mask & ~torch.isnan(y).any(dim=1)
-    actual, found = y[used] > 0.5, labels[used]
-    return {
-        f"{split}_nodes": int(used.sum()),
-        f"{split}_true": int((actual & found).sum()),
-        f"{split}_predicted": int(found.sum()),
-        f"{split}_actual": int(actual.sum()),
-    }
-
-
-def _score(counts: Counter[str], split: str) -> float | None:
-    """Micro-F1 = 2 true / (predicted + actual); 0 where nothing is predicted and nothing is there."""
-    if counts[f"{split}_nodes"] == 0:
-        return None
-    return 2 * counts[f"{split}_true"] / max(1, counts[f"{split}_predicted"] + counts[f"{split}_actual"])
 
 
 def lsp_divergence(

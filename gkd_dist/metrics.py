@@ -1,7 +1,10 @@
 """Accuracy and micro-F1 from integer counts, so that parts and ranks add up exactly.
 
-Counts are an int64 vector per split: (correct, total) for one class per node, (true positives,
-false positives, false negatives) for binary labels.
+The counts of a split are int64 [4]: labelled nodes, true positives, predicted positives, actual
+positives. With one class per node each node is one prediction and one actual class, and micro-F1
+is the accuracy.
+
+Shapes: ``n`` nodes; ``c`` classes, or labels of a multi-label task.
 """
 
 from __future__ import annotations
@@ -9,33 +12,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gkd_dist.graph import Task
-
-NUM_COUNTS = {"multiclass": 2, "multilabel": 3}
+NUM_COUNTS = 4
 METRIC_NAMES = {"multiclass": "accuracy", "multilabel": "micro_f1"}
 
 
-def predictions(logits: Tensor, task: Task) -> Tensor:
-    """Class [n] of each node, or binary labels [n, c] where the logit is above 0."""
-    return logits.argmax(1) if task == "multiclass" else (logits > 0).long()
+def predicted_labels(logits: Tensor, task: str) -> Tensor:
+    """Class per node int64 [n], or (multilabel) which labels apply, bool [n, c], from ``logits`` [n, c]."""
+    return logits > 0 if task == "multilabel" else logits.argmax(dim=1)
 
 
-def split_counts(predicted: Tensor, y: Tensor, mask: Tensor, task: Task) -> Tensor:
-    """Counts over the labelled nodes of ``mask`` [n], int64 [2] or [3]."""
-    if task == "multiclass":
-        chosen = mask & (y >= 0)
-        correct = (predicted[chosen] == y[chosen]).sum()
-        return torch.stack([correct, chosen.sum()])
-    chosen = mask & ~torch.isnan(y).any(1)
-    labels, guess = y[chosen] > 0.5, predicted[chosen].bool()
-    return torch.stack([(guess & labels).sum(), (guess & ~labels).sum(), (~guess & labels).sum()])
+def split_counts(predicted: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Counts over the labelled nodes of ``mask`` [n]; ``y`` int64 [n] or float [n, c]."""
+    if y.dim() == 1:
+        used = mask & (y >= 0)
+        nodes, true = used.sum(), (predicted[used] == y[used]).sum()
+        return torch.stack([nodes, true, nodes, nodes])
+    used = mask & ~torch.isnan(y).any(dim=1)
+    actual, found = y[used] > 0.5, predicted[used]
+    return torch.stack([used.sum(), (actual & found).sum(), found.sum(), actual.sum()])
 
 
-def metric_of(counts: Tensor, task: Task) -> float | None:
-    """Accuracy or micro-F1; None where nothing was counted."""
-    values = counts.tolist()
-    if task == "multiclass":
-        correct, total = values
-        return correct / total if total else None
-    tp, fp, fn = values
-    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None
+def metric_of(counts: Tensor) -> float | None:
+    """Micro-F1 = 2 true / (predicted + actual); None without labelled nodes, 0 without any positive."""
+    nodes, true, predicted, actual = counts.tolist()
+    return 2 * true / max(1, predicted + actual) if nodes else None

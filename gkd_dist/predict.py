@@ -23,10 +23,10 @@ from torch import Tensor
 from gkd_dist import layout
 from gkd_dist.config import InferConfig, StorageConfig
 from gkd_dist.errors import ConfigError
-from gkd_dist.evaluate import predicted_labels
 from gkd_dist.infer.knowledge import LOGITS, embedding_name
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import Executor, infer_nodes
+from gkd_dist.metrics import predicted_labels
 from gkd_dist.models.io import read_model_document
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest, ObjectEntry

@@ -13,7 +13,7 @@ from torch import Tensor
 from gkd_dist.distill.step import Engine
 from gkd_dist.graph import SPLITS, Batch, Task
 from gkd_dist.losses.objective import Objective
-from gkd_dist.metrics import NUM_COUNTS, metric_of, predictions, split_counts
+from gkd_dist.metrics import NUM_COUNTS, metric_of, predicted_labels, split_counts
 from gkd_dist.world import World
 
 Metrics = dict[str, float | None]  # accuracy or micro-F1 per split, None without labels
@@ -29,13 +29,13 @@ def _rounds(batches: Iterable[Batch], rounds: int, empty: Batch) -> Iterator[Bat
 @torch.no_grad()
 def validate(engine: Engine, batches: Iterable[Batch], rounds: int, empty: Batch, world: World, task: Task) -> Metrics:
     """Metrics over the owned nodes of all ranks' batches."""
-    counts = torch.zeros(len(SPLITS), NUM_COUNTS[task], dtype=torch.int64)
+    counts = torch.zeros(len(SPLITS), NUM_COUNTS, dtype=torch.int64)
     for batch in _rounds(batches, rounds, empty):
         logits, _ = engine.forward(batch, ())
-        predicted = predictions(logits[: batch.num_owned], task)
-        counts += torch.stack([split_counts(predicted, batch.y, batch.mask(split), task) for split in SPLITS]).cpu()
+        predicted = predicted_labels(logits[: batch.num_owned], task)
+        counts += torch.stack([split_counts(predicted, batch.y, batch.mask(split)) for split in SPLITS]).cpu()
     counts = world.sum(counts)
-    return {split: metric_of(counts[index], task) for index, split in enumerate(SPLITS)}
+    return {split: metric_of(counts[index]) for index, split in enumerate(SPLITS)}
 
 
 @torch.no_grad()

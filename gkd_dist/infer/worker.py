@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gkd_dist import layout
 from gkd_dist.errors import ConfigError, ManifestError, ModelError
+from gkd_dist.graph import LocalGraph
 from gkd_dist.infer import layerwise
 from gkd_dist.infer.knowledge import Histogram, embedding_name, score_histogram, score_name
 from gkd_dist.infer.plan import KNOWLEDGE, Task, Wants
@@ -174,7 +175,7 @@ class _Work:
             return outputs[depth][: self.counts["num_owned"]]
         return self._read(Task(depth, self.task.part), "owned")
 
-    def _scores(self, part: dict[str, Tensor], outputs: dict[int, Tensor]) -> tuple[dict[str, Tensor], Any]:
+    def _scores(self, part: dict[str, Tensor], outputs: dict[int, Tensor]) -> tuple[dict[str, Tensor], LocalGraph]:
         graph = layerwise.one_hop_graph(part, self.counts)
         scores: dict[str, Tensor] = {}
         with self._compute():
