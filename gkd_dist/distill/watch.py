@@ -66,6 +66,8 @@ class RunWatcher:
         for name, value, count in zip(names, report.means.tolist(), report.counts.tolist(), strict=True):
             if count:
                 self._writer.scalar(f"loss/{name}", value, step)
+                if name == "lsp":
+                    self._writer.scalar("lsp/kl", value, step)
         self._writer.scalar("loss/total", report.total, step)
         for key, number in extra.items():
             self._writer.scalar(key, number, step)

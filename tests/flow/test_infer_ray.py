@@ -73,6 +73,7 @@ def test_an_actor_that_dies_or_hangs_changes_nothing(
     monkeypatch.setattr(actor, "_SILENT_S", 3.0)
     graph, (storage, _) = world.cut(4), world.model("sage")
     pids = pool.pids()
+    victim = psutil.Process(pids[0])
 
     def strike(done: int, total: int) -> None:
         if done == 2:
@@ -81,7 +82,8 @@ def test_an_actor_that_dies_or_hangs_changes_nothing(
     out, alone = world.storage("ray"), world.storage("alone")
     found = infer_nodes(storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=pool, progress=strike)
     assert pids[0] not in pool.pids()
-    assert not psutil.pid_exists(pids[0])
+    if victim.is_running():
+        victim.wait(timeout=30)  # Ray asks a silent process to leave before it kills it
     assert found == infer_nodes(storage, graph, alone, WANTS, SETTINGS, fingerprint="f" * 64)
 
 
