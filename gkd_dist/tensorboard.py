@@ -27,7 +27,7 @@ _EVENTS = "events.out.tfevents."
 class MetricsWriter:
     """Scalars, texts and histograms of one model, for ``<run>/tensorboard/<model>``; rank 0 only.
 
-    Steps are optimizer steps. The names are:
+    Steps are optimizer steps. The names, each there only where it is measured, are:
 
     ======================== ======================================================
     loss/<term>              mean of one term over its nodes, before its weight

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from gkd_dist import layout
 from gkd_dist.distill.checkpoint import TrainState
 from gkd_dist.distill.step import StepReport
@@ -72,6 +74,8 @@ class RunWatcher:
         for key, number in extra.items():
             self._writer.scalar(key, number, step)
         self._writer.scalar("memory/rss_bytes", peak_rss_bytes(), step)
+        if torch.cuda.is_available():
+            self._writer.scalar("memory/device_bytes", torch.cuda.max_memory_allocated(), step)
 
     def evaluation(self, step: int, epoch: int, metrics: Metrics, state: TrainState) -> None:
         """Metrics per split, and a line of progress."""
