@@ -16,10 +16,11 @@ from torch import Tensor
 
 from gkd_dist import fingerprints as fp
 from gkd_dist import layout
-from gkd_dist.config import Config, LabelLoss, resolve_layer
+from gkd_dist.config import Config, LabelLoss
 from gkd_dist.errors import ConfigError, DataError, ManifestError, ModelError, NewerSchemaError
 from gkd_dist.models.io import read_model_document
 from gkd_dist.partition.store import GraphStore
+from gkd_dist.plan import plan_knowledge, say_knowledge
 from gkd_dist.session import Session
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
@@ -171,45 +172,6 @@ def _follow(bar: Any) -> Any:
 
 
 # --- infer -----------------------------------------------------------------------------------
-
-
-def layer_width(config: Config, layer: int, num_classes: int) -> int:
-    """Width of a teacher layer."""
-    model = config.teacher.model
-    return num_classes if layer == model.layers else model.hidden * model.heads
-
-
-def plan_knowledge(config: Config, meta: dict[str, Any]) -> tuple[dict[int, set[str]], set[int]]:
-    """(metrics per layer stored as scores, layers stored as embeddings)."""
-    scores: dict[int, set[str]] = {}
-    embeddings: set[int] = set()
-    for layer, metrics in config.knowledge_layers().items():
-        width = layer_width(config, layer, int(meta["num_classes"]))
-        per_edge = len(metrics) * meta["num_edges"]
-        per_node = width * meta["num_nodes"] * (1 + meta["halo_factor"])
-        choice = config.infer.scores
-        if choice == "auto":
-            choice = "scores" if per_edge <= per_node else "embeddings"
-        if choice == "scores":
-            scores[layer] = set(metrics)
-        else:
-            embeddings.add(layer)
-    return scores, embeddings
-
-
-def say_knowledge(config: Config, meta: dict[str, Any]) -> None:
-    """Tells what is stored of each layer, and from which average degree on the other form is smaller."""
-    scores, _ = plan_knowledge(config, meta)
-    for layer, metrics in sorted(config.knowledge_layers().items()):
-        width = layer_width(config, layer, int(meta["num_classes"]))
-        log.info(
-            "layer %d: %s stored (average degree %.1f; embeddings of width %d are smaller above %.1f)",
-            layer,
-            "scores" if layer in scores else "embeddings",
-            meta["num_edges"] / meta["num_nodes"],
-            width,
-            width * (1 + meta["halo_factor"]) / len(metrics),
-        )
 
 
 def infer_fingerprint(session: Session) -> str:
@@ -387,19 +349,3 @@ def check_losses(config: Config, graph: GraphStore) -> None:
             stored,
             needed,
         )
-
-
-# --- layers that the losses name -------------------------------------------------------------
-
-
-def lsp_layers(config: Config) -> list[tuple[int, int, str]]:
-    """(teacher layer, student layer, metric) of each LSP term."""
-    return [
-        (
-            resolve_layer(loss.teacher_layer, config.teacher.model.layers),
-            resolve_layer(loss.student_layer, config.student.model.layers),
-            loss.metric,
-        )
-        for loss in config.losses
-        if loss.kind == "lsp"
-    ]

@@ -111,7 +111,8 @@ def build_objective(task: TrainTask) -> Objective:
     if task.knowledge is not None:
         for key, value in task.knowledge[1].meta.get("scores", {}).items():
             layer, _, metric = key.partition(".")
-            medians[int(layer), metric] = float(value["median"])
+            if value["median"] is not None:  # a graph without edges has none
+                medians[int(layer), metric] = float(value["median"])
     meta = task.graph.manifest.meta
     return Objective(task.losses, meta["task"], task.teacher_layers, task.model.layers, medians)
 
