@@ -18,8 +18,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 100) -> None:
-    """Runs ``script`` on every rank; raises with the ranks' errors unless all of them succeed."""
+def start_group(world_size: int, script: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """The ranks of a group, running ``script`` of this folder in fresh processes on loopback."""
     env = {
         **os.environ,
         "WORLD_SIZE": str(world_size),
@@ -30,7 +30,7 @@ def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, str(ROOT / "tests/distributed" / script), *arguments]
-    ranks = [
+    return [
         subprocess.Popen(
             command,
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -40,12 +40,24 @@ def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 
         )
         for rank in range(world_size)
     ]
+
+
+def stop_group(ranks: list[subprocess.Popen[str]]) -> None:
+    """Ends the ranks that still run, stopped ones included."""
+    for process in ranks:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 200) -> None:
+    """Runs ``script`` on every rank; raises with the ranks' errors unless all of them succeed."""
+    ranks = start_group(world_size, script, *arguments)
     try:
         outputs = [process.communicate(timeout=timeout_s)[0] for process in ranks]
     finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        stop_group(ranks)
     failed = [(rank, out) for rank, (process, out) in enumerate(zip(ranks, outputs, strict=True)) if process.returncode]
     assert not failed, "\n".join(f"rank {rank}:\n{out[-3000:]}" for rank, out in failed)

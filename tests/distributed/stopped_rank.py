@@ -1,0 +1,35 @@
+"""One rank of a group whose rank 1 is late or never comes: ``python stopped_rank.py late|stopped``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from gkd_dist.errors import StudentError
+from gkd_dist.world import World
+
+
+def main() -> None:
+    """Rank 0 prints what it got, and after how long."""
+    world = World.from_env()
+    world.connect(timeout_s=4)
+    world.barrier()
+    started = time.monotonic()
+    if world.rank == 1:
+        if sys.argv[1] == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(2)
+    try:
+        print(f"sum {float(world.sum(torch.ones(1)))}", end=" ")
+    except StudentError as error:
+        print(f"error {error}", end=" ")
+    print(f"after {time.monotonic() - started:.1f} s", flush=True)
+    os._exit(0)  # the group is broken: its destructor would wait for the stopped rank
+
+
+if __name__ == "__main__":
+    main()
