@@ -10,7 +10,7 @@ The flow, and where to start reading::
     export      student           -> model folder and card   export.py
     report      metrics, events   -> report.html             report.py
 
-`flow.py` holds the stages as data, `config.py` what a run can say, `layout.py` where everything is
+`flow.py` holds the stages as data, `config/` what a run can say, `layout.py` where everything is
 stored. Importing this package imports none of torch, Ray or DeepSpeed.
 """
 

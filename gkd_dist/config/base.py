@@ -1,0 +1,33 @@
+"""The base of all sections, and the numbers that they are made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _no_bool(value: Any) -> Any:
+    """Stops ``epochs: true`` from meaning 1, as it does in Python."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return value
+
+
+NotBool = BeforeValidator(_no_bool)  # outermost, so that bounds reach the JSON schema
+Integer = Annotated[int, NotBool]
+Number = Annotated[float, Field(allow_inf_nan=False), NotBool]
+Positive = Annotated[int, Field(gt=0), NotBool]
+NonNegative = Annotated[int, Field(ge=0), NotBool]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), NotBool]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), NotBool]
+Probability = Annotated[float, Field(ge=0, lt=1), NotBool]
+Fraction = Annotated[float, Field(gt=0, lt=1), NotBool]
+Sigma = PositiveFloat | Literal["median"]

@@ -1,0 +1,62 @@
+"""Models by kind, and how their layers are numbered."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from gkd_dist.config.base import Positive, Probability, Section
+
+BUILT_IN_MODELS = ("gcn", "sage", "gat", "gin", "mlp")
+
+
+def _module_attr(value: str) -> str:
+    module, _, attribute = value.partition(":")
+    if not module or not attribute or not module.replace(".", "_").isidentifier():
+        raise ValueError(f"expected `module:attr`, got {value!r}")
+    return value
+
+
+class ModelConfig(Section):
+    """A layered model, or any user class as ``module:attr``."""
+
+    kind: str = Field(description="gcn | sage | gat | gin | mlp | module:attr")
+    hidden: Positive = Field(64, description="width of a hidden layer; of each head where there are heads")
+    layers: Positive = 2
+    heads: Positive = Field(1, description="attention heads of hidden layers (gat)")
+    norm: Literal["none", "layer", "batch"] = "layer"
+    act: Literal["relu", "elu", "gelu", "leaky_relu", "tanh"] = "relu"
+    dropout: Probability = Field(0.0, description="after each activation, and on attention coefficients (gat)")
+    input_dropout: Probability = Field(0.0, description="on the input features")
+    residual: bool = Field(False, description="add a linear skip of the input to each hidden layer")
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of a user class")
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: str) -> str:
+        if value in BUILT_IN_MODELS:
+            return value
+        if ":" not in value:
+            raise ValueError(f"expected one of {', '.join(BUILT_IN_MODELS)} or module:attr, got {value!r}")
+        return _module_attr(value)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.heads > 1 and self.kind in BUILT_IN_MODELS and self.kind != "gat":
+            raise ValueError(f"only gat has heads (got kind {self.kind} with heads {self.heads}); set heads to 1")
+        if self.args and self.kind in BUILT_IN_MODELS:
+            raise ValueError("args is for module:attr models; built-in models take the keys beside it")
+        return self
+
+
+def resolve_layer(layer: int, num_layers: int) -> int:
+    """Positive number (from 1) of ``layer``; negative numbers count from the end.
+
+    Raises ValueError where the model has no such layer.
+    """
+    resolved = layer if layer > 0 else num_layers + 1 + layer
+    if not 1 <= resolved <= num_layers or layer == 0:
+        choices = f"1..{num_layers} or -{num_layers}..-1"
+        raise ValueError(f"layer {layer} does not exist in a model of {num_layers} layers ({choices})")
+    return resolved

@@ -1,0 +1,117 @@
+"""Training of teacher and student, and inference between them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from gkd_dist.config.base import NonNegative, NonNegativeFloat, NotBool, Positive, PositiveFloat, Probability, Section
+from gkd_dist.config.models import ModelConfig
+
+
+class LrSchedule(Section):
+    """Learning-rate factor as a pure function of the step."""
+
+    kind: Literal["constant", "cosine", "linear"] = "constant"
+    warmup: NonNegative = Field(0, description="steps of linear warm-up")
+    final: Annotated[float, Field(ge=0, le=1), NotBool] = Field(0.0, description="factor at the last step")
+
+
+AllOr = Positive | Literal["all"]
+
+
+class TrainConfig(Section):
+    """What teacher and student training share."""
+
+    epochs: Positive = 200
+    lr: PositiveFloat = 0.01
+    weight_decay: NonNegativeFloat = 5.0e-4
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    momentum: Probability = Field(0.9, description="of sgd")
+    grad_clip: PositiveFloat | None = Field(None, description="largest gradient norm; null: no clipping")
+    lr_schedule: LrSchedule = LrSchedule()
+    patience: NonNegative = Field(50, description="evaluations without a better validation metric; 0: never stop early")
+    eval_every: Positive = Field(1, description="epochs between validations")
+    units_per_step: AllOr = Field("all", description="units per optimizer step, total over all ranks")
+    parts_per_unit: AllOr = Field(1, description="parts merged into one training subgraph")
+    shuffle: bool = Field(True, description="new order of the units in every epoch")
+    threads: Positive = Field(1, description="torch threads of each worker")
+    prefetch_bytes: Positive = Field(1 << 30, description="units read ahead, per worker")
+    resident_bytes: NonNegative = Field(2 << 30, description="decoded units kept in memory, per worker")
+    checkpoint_every: Positive = Field(20, description="optimizer steps between checkpoints")
+    keep: Positive = Field(2, description="checkpoints kept beside the best")
+    log_every: Positive = Field(1, description="optimizer steps between TensorBoard points")
+
+
+class TeacherTrainConfig(TrainConfig):
+    """Training of the teacher: one process, the whole graph as one unit unless told otherwise."""
+
+    parts_per_unit: AllOr = "all"
+    threads: Positive = Field(2, description="torch threads")
+
+
+class TeacherConfig(Section):
+    """The large model: trained here, or read from a checkpoint."""
+
+    name: str = Field("teacher", pattern=r"^[A-Za-z0-9_.-]+$")
+    model: ModelConfig
+    checkpoint: str | None = Field(None, description="URL of safetensors or a state_dict; null: trained by `gkd teach`")
+    train: TeacherTrainConfig = TeacherTrainConfig()
+
+
+class InferConfig(Section):
+    """Exact teacher inference by Ray actors (``num_actors: 0``: in this process, without Ray)."""
+
+    num_actors: NonNegative = 2
+    gpus_per_actor: NonNegativeFloat = 0
+    cpus_per_actor: NonNegativeFloat = 1
+    threads: Positive = Field(1, description="torch threads of each actor")
+    window: Positive = Field(2, description="tasks in flight per actor")
+    dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of stored logits, embeddings and scores")
+    scores: Literal["auto", "scores", "embeddings"] = Field("auto", description="what LSP reads; auto: the smaller")
+    max_restarts: NonNegative = 3
+    max_task_retries: NonNegative = 2
+
+
+class StudentConfig(Section):
+    """The compact model."""
+
+    model: ModelConfig
+    alone: bool = Field(True, description="also train it without a teacher, for the table")
+
+
+class DistillConfig(TrainConfig):
+    """Training of the student on many workers."""
+
+    launcher: Literal["ray", "torchrun", "deepspeed", "inline"] = "ray"
+    num_workers: Positive = 2
+    gpus_per_worker: NonNegative = 0
+    cpus_per_worker: NonNegativeFloat = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    units_per_step: AllOr = 2
+    halo: Literal["hops"] = Field("hops", description="how halo activations come about: recomputed from stored hops")
+    max_failures: NonNegative = Field(3, description="restarts of the worker group")
+    collective_timeout_s: PositiveFloat = Field(300.0, description="bound of every wait between ranks")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="keys handed to DeepSpeed after a check")
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        ours = {
+            "train_batch_size": "distill.units_per_step",
+            "train_micro_batch_size_per_gpu": "distill.units_per_step",
+            "gradient_accumulation_steps": "distill.units_per_step",
+            "optimizer": "distill.optimizer",
+            "scheduler": "distill.lr_schedule",
+            "gradient_clipping": "distill.grad_clip",
+            "fp16": "distill.precision",
+            "bf16": "distill.precision",
+        }
+        for key in value:
+            if key in ours:
+                raise ValueError(f"{key} is derived from {ours[key]}; set that instead")
+        if isinstance(value.get("zero_optimization"), dict) and "stage" in value["zero_optimization"]:
+            raise ValueError("zero_optimization.stage is derived from distill.zero_stage; set that instead")
+        return value
