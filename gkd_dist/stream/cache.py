@@ -29,7 +29,7 @@ from pathlib import Path
 from gkd_dist.errors import ShardError
 from gkd_dist.shards.entries import ObjectEntry
 from gkd_dist.storage import Storage
-from gkd_dist.storage_local import LocalBackend
+from gkd_dist.storage.local import LocalBackend
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.02

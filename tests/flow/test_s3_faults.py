@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from gkd_dist import storage_errors
 from gkd_dist.config import StorageConfig
 from gkd_dist.errors import StorageError
 from gkd_dist.storage import Storage
+from gkd_dist.storage import errors as storage_errors
 
 pytest.importorskip("s3fs", reason="needs the extra: pip install 'gkd_dist[s3]'")
 pytest.importorskip("moto", reason="needs the extra: pip install 'gkd_dist[dev]'")

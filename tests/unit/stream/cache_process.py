@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from gkd_dist.storage import Storage
-from gkd_dist.storage_local import LocalBackend
+from gkd_dist.storage.local import LocalBackend
 from gkd_dist.stream.cache import CachedStorage
 
 

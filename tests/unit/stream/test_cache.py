@@ -19,7 +19,7 @@ from gkd_dist.shards.manifest import ObjectEntry
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
-from gkd_dist.storage_local import LocalBackend
+from gkd_dist.storage.local import LocalBackend
 from gkd_dist.stream.cache import CachedStorage, _locked
 
 

@@ -1,8 +1,8 @@
 """Where everything is stored: one small interface over files and object stores.
 
 A `Storage` is a root URL and keys below it. Errors are `StorageError` and `ObjectNotFoundError`
-with the full URL of the key; what may help is tried again (`storage_errors`). ``file`` URLs are
-served by `storage_local`, all others by `storage_remote`.
+with the full URL of the key; what may help is tried again (`errors`). ``file`` URLs are
+served by `local`, all others by `remote`.
 
 A `Storage` is cheap and picklable: a copy in another process opens its own connection. Reads are
 safe from several threads. Nothing here relies on rename, exclusive creation or listing.
@@ -21,8 +21,8 @@ from urllib.parse import unquote
 
 from gkd_dist.config import StorageConfig
 from gkd_dist.errors import ConfigError, JsonError, StorageError
-from gkd_dist.storage_errors import Patience, attempt
-from gkd_dist.storage_local import LocalBackend
+from gkd_dist.storage.errors import Patience, attempt
+from gkd_dist.storage.local import LocalBackend
 
 T = TypeVar("T")
 Data = bytes | bytearray | memoryview
@@ -251,6 +251,6 @@ def _make_backend(protocol: str, config: StorageConfig) -> Backend:
             f"storage.options.{protocol} holds credentials ({', '.join(secret)}), but the config is stored with "
             "the run; put them into the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    from gkd_dist.storage_remote import RemoteBackend  # only here: a local run needs no fsspec
+    from gkd_dist.storage.remote import RemoteBackend  # only here: a local run needs no fsspec
 
     return RemoteBackend(protocol, options, config.timeout_s)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from gkd_dist import storage_errors
 from gkd_dist.errors import ConfigError, ObjectNotFoundError, StorageError
-from gkd_dist.storage_errors import Patience, attempt, is_retryable, pause_s, translate
+from gkd_dist.storage import errors as storage_errors
+from gkd_dist.storage.errors import Patience, attempt, is_retryable, pause_s, translate
 
 botocore = pytest.importorskip("botocore.exceptions", reason="needs the extra: pip install 'gkd_dist[s3]'")
 QUICK = Patience(retries=2, timeout_s=1)

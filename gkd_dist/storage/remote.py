@@ -16,7 +16,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from gkd_dist.errors import ConfigError
-from gkd_dist.storage_errors import http_status, is_not_found, is_retryable
+from gkd_dist.storage.errors import http_status, is_not_found, is_retryable
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _open(protocol: str, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
             f"cannot open {protocol}:// URLs: {error}; check the URL and storage.options.{protocol}"
         ) from error
     if protocol in ("s3", "s3a"):
-        fs.retries = 1  # attempts inside one request; `storage_errors.attempt` repeats requests
+        fs.retries = 1  # attempts inside one request; `errors.attempt` repeats requests
     if protocol not in _ATOMIC:
         _log.warning(
             "%s: a reader may see an object while it is written; an object store or a folder is safer", protocol

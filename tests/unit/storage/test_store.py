@@ -18,10 +18,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry as fsspec_registry
 
-from gkd_dist import storage_errors
 from gkd_dist.config import StorageConfig
 from gkd_dist.errors import ConfigError, JsonError, ObjectNotFoundError, StorageError
 from gkd_dist.storage import Storage, parse_url
+from gkd_dist.storage import errors as storage_errors
 
 
 @pytest.fixture(params=["file", "memory"])
