@@ -73,7 +73,7 @@ def train_plain(config: Config, graph: Graph, seed: int) -> float:
             best, best_state, bad = value, copy.deepcopy(model.state_dict()), 0
         else:
             bad += 1
-            if bad >= train.patience:
+            if train.patience and bad >= train.patience:
                 break
     model.load_state_dict(best_state)
     return accuracy(model, graph, graph.test_mask)

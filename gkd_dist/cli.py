@@ -50,7 +50,7 @@ def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[s
         print(f"gkd: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        command = shlex.join(["gkd", *arguments])
+        command = shlex.join(["gkd", *_without_redo(arguments)])
         print(f"\ngkd: interrupted; nothing is lost, go on with: {command}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -62,6 +62,16 @@ def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[s
         message = f"{type(error).__name__}: {error}"
         print(f"gkd: unexpected error: {message}; run again with --debug for the traceback", file=sys.stderr)
         return 1
+
+
+def _without_redo(arguments: list[str]) -> list[str]:
+    """The command that goes on: doing a stage again would throw away what it has got so far."""
+    kept: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_value = before == "--redo" and argument in flow.NAMES
+        if not is_value and argument.partition("=")[0] != "--redo":
+            kept.append(argument)
+    return kept
 
 
 def _terminated(signum: int, frame: object) -> None:
@@ -195,6 +205,8 @@ def _stage(args: argparse.Namespace) -> int:
         return 0
     with driving(config, take_over=args.take_over, follow=is_follower(config, stage.name)) as session:
         flow.require_before(session, stage.name)
+        if args.redo and not is_follower(config, stage.name):
+            stage.discard(session)
         done = not args.redo and stage.is_done(session)
         if done:
             logging.getLogger("gkd_dist").info("%s: finished before, skipped (--redo does it again)", stage.name)

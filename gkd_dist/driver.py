@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from gkd_dist import layout
@@ -41,7 +41,7 @@ def driving(config: Config, *, take_over: bool = False, follow: bool = False) ->
         yield session
 
 
-def plan_run(config: Config, redo: Iterable[str]) -> list[Decision]:
+def plan_run(config: Config, redo: Collection[str]) -> list[Decision]:
     """What a run would do now; nothing is started or written."""
     session = Session.open(config, Progress())
     try:

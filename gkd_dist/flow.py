@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 class Stage:
     """One verb: what it reads and writes (for people), and where its functions are.
 
-    ``module`` holds ``<name>``, ``<name>_done`` and ``<name>_fingerprint``, each of a `Session`.
+    ``module`` holds ``<name>``, ``<name>_done``, ``<name>_fingerprint`` and ``<name>_discard``, each of a
+    `Session`.
     """
 
     name: str
@@ -48,6 +49,11 @@ class Stage:
     def fingerprint(self, session: Session) -> str:
         """What its result depends on."""
         return str(self._function("_fingerprint")(session))
+
+    def discard(self, session: Session) -> None:
+        """Forgets its result and what a half-finished one left, so that it starts from the beginning."""
+        self._function("_discard")(session)
+        session.forget()
 
 
 STAGES = (
@@ -76,13 +82,13 @@ class Decision:
     reason: str
 
 
-def decide(session: Session, redo: Iterable[str] = ()) -> list[Decision]:
+def decide(session: Session, redo: Collection[str] = ()) -> list[Decision]:
     """What `run_flow` would do now. Reads manifests, starts nothing, writes nothing."""
     decisions: list[Decision] = []
     for one in STAGES:
         waiting = next((d.stage for d in decisions if d.action != "skip"), None)
         if waiting is not None:
-            decisions.append(Decision(one.name, "run", f"after {waiting}, whose result it reads"))
+            decisions.append(Decision(one.name, "run", f"after {waiting}, unless that gives the same result again"))
         elif one.name in redo:
             decisions.append(Decision(one.name, "run", "asked for with --redo"))
         elif one.is_done(session):
@@ -94,11 +100,18 @@ def decide(session: Session, redo: Iterable[str] = ()) -> list[Decision]:
     return decisions
 
 
-def run_flow(session: Session, redo: Iterable[str] = ()) -> list[Decision]:
-    """Runs every stage that is not finished; returns what was done."""
+def run_flow(session: Session, redo: Collection[str] = ()) -> list[Decision]:
+    """Runs every stage that is not finished; returns what was done.
+
+    What is to be done again is discarded before anything else. So a run that is interrupted goes on
+    without ``redo``.
+    """
+    for one in reversed(STAGES):  # a stage is found by what it reads
+        if one.name in redo:
+            one.discard(session)
     done: list[Decision] = []
     for one in STAGES:
-        if one.name not in redo and one.is_done(session):
+        if one.is_done(session):
             log.info("%s: finished before, skipped", one.name)
             done.append(Decision(one.name, "skip", "finished before"))
             continue
@@ -151,7 +164,9 @@ def stage_records(session: Session) -> dict[str, dict[str, Any]]:
     records = {}
     for name in NAMES:
         try:
-            records[name] = session.run.read_json(layout.stage_record(name))
+            record = session.run.read_json(layout.stage_record(name))
         except (ObjectNotFoundError, ValueError):
             continue
+        if isinstance(record, dict):
+            records[name] = record
     return records

@@ -25,6 +25,7 @@ TEACHER = "teacher"
 KNOWLEDGE = "knowledge"
 STUDENTS = "students"
 TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 MODEL_JSON = "model.json"
 MODEL_WEIGHTS = "model.safetensors"
@@ -48,7 +49,7 @@ def student(name: str) -> str:
 
 def checkpoint(step: int) -> str:
     """Folder of a checkpoint, relative to its student or teacher folder."""
-    return f"checkpoints/step-{step:08d}"
+    return f"{CHECKPOINTS}/step-{step:08d}"
 
 
 def knowledge(teacher: str, fingerprint: str) -> str:

@@ -23,8 +23,16 @@ PREDICTIONS = "predictions"
 
 
 def evaluate_fingerprint(session: Session) -> str:
-    """Of ``metrics.json``."""
-    return fp.evaluation_fingerprint(stages.student_fingerprints(session), stages.infer_fingerprint(session))
+    """Of ``metrics.json``; needs the students."""
+    return fp.evaluation_fingerprint(_identities(session), stages.infer_fingerprint(session))
+
+
+def _identities(session: Session) -> dict[str, str]:
+    """Fingerprint and weights of each student: trained again elsewhere it may differ in the last bits."""
+    return {
+        name: f"{fingerprint}-{read_model_document(session.student(name))['weights']['sha256']}"
+        for name, fingerprint in stages.student_fingerprints(session).items()
+    }
 
 
 def evaluate_done(session: Session) -> bool:
@@ -32,12 +40,24 @@ def evaluate_done(session: Session) -> bool:
     return bool(_metrics(session).get("fingerprint") == evaluate_fingerprint(session))
 
 
+def evaluate_discard(session: Session) -> None:
+    """Takes the metrics away, and the students' predictions."""
+    session.run.delete(layout.METRICS)
+    for name in ("distilled", "alone"):
+        session.student(name).delete_tree(PREDICTIONS)
+
+
 def _metrics(session: Session) -> dict[str, Any]:
+    return _document(session, layout.METRICS)
+
+
+def _document(session: Session, key: str) -> dict[str, Any]:
+    """A JSON object of the run; empty where it is missing or damaged."""
     try:
-        metrics = session.run.read_json(layout.METRICS)
+        document = session.run.read_json(key)
     except (ObjectNotFoundError, ValueError):
         return {}
-    return metrics if isinstance(metrics, dict) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def evaluate(session: Session) -> None:
@@ -45,8 +65,8 @@ def evaluate(session: Session) -> None:
     storage = stages.knowledge_folder(session)
     knowledge = (storage, Manifest.load(storage, "knowledge", stages.infer_fingerprint(session)))
     models = {"teacher": _measure(session, session.teacher, knowledge, None)}
-    for name, fingerprint in stages.student_fingerprints(session).items():
-        predictions = _predict(session, name, fingerprint)
+    for name, identity in _identities(session).items():
+        predictions = _predict(session, name, identity)
         models[name] = _measure(session, session.student(name), predictions, knowledge)
     session.check_ownership()
     session.run.write_json(
@@ -65,7 +85,7 @@ def _first_lsp(session: Session) -> LspLoss | None:
     return next((loss for loss in session.config.losses if isinstance(loss, LspLoss)), None)
 
 
-def _predict(session: Session, name: str, fingerprint: str) -> tuple[Storage, Manifest]:
+def _predict(session: Session, name: str, identity: str) -> tuple[Storage, Manifest]:
     """Logits of a student at full precision, and the scores that its LSP value is computed from."""
     from gkd_dist.infer.plan import Wants
     from gkd_dist.infer.run import infer_nodes
@@ -81,7 +101,7 @@ def _predict(session: Session, name: str, fingerprint: str) -> tuple[Storage, Ma
             out,
             Wants(True, scores),
             session.config.infer.model_copy(update={"dtype": "fp32"}),
-            fingerprint=fp.evaluation_fingerprint({name: fingerprint}, repr(scores)),
+            fingerprint=fp.evaluation_fingerprint({name: identity}, repr(scores)),
             pool=session.actors(),
             allow_code=session.allow_code,
             progress=progress,
@@ -116,7 +136,7 @@ def _stage_facts(session: Session, models: dict[str, Any]) -> dict[str, Any]:
     from gkd_dist.flow import stage_records
 
     facts: dict[str, Any] = {
-        name: {key: record[key] for key in ("wall_s", "peak_rss_bytes")}
+        name: {key: record[key] for key in ("wall_s", "peak_rss_bytes") if key in record}
         for name, record in stage_records(session).items()
     }
     folders = {"teach": session.teacher} | {f"distill {n}": session.student(n) for n in models if n != "teacher"}
@@ -146,14 +166,19 @@ def versions() -> dict[str, str]:
 
 
 def export_fingerprint(session: Session) -> str:
-    """Of the exported student."""
-    return stages.student_fingerprints(session)["distilled"]
+    """Of the exported student; needs the students."""
+    return fp.evaluation_fingerprint({"distilled": _identities(session)["distilled"]}, EXPORT)
 
 
 def export_done(session: Session) -> bool:
     """Whether the export is of today's student and has its card."""
     folder = session.run.child(EXPORT)
     return stages.model_fingerprint(folder) == export_fingerprint(session) and folder.exists(CARD)
+
+
+def export_discard(session: Session) -> None:
+    """Takes the exported student away."""
+    session.run.child(EXPORT).delete(layout.MODEL_JSON)
 
 
 def export(session: Session) -> None:
@@ -177,11 +202,13 @@ def report_fingerprint(session: Session) -> str:
 
 def report_done(session: Session) -> bool:
     """Whether the report is there and about today's metrics."""
-    try:
-        record = session.run.read_json(layout.stage_record("report"))
-    except (ObjectNotFoundError, ValueError):
-        return False
+    record = _document(session, layout.stage_record("report"))
     return record.get("fingerprint") == report_fingerprint(session) and session.run.exists(layout.REPORT)
+
+
+def report_discard(session: Session) -> None:
+    """Takes the report away."""
+    session.run.delete(layout.REPORT)
 
 
 def report(session: Session) -> None:

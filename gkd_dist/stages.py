@@ -60,6 +60,11 @@ def partition(session: Session) -> None:
         )
 
 
+def partition_discard(session: Session) -> None:
+    """Takes the manifest away; the parts are written again under the same names or become orphans."""
+    session.graph.delete(layout.MANIFEST)
+
+
 def manifest_fingerprint(storage: Storage, kind: str) -> str | None:
     """Fingerprint of a finished store; None where there is none or it cannot be read."""
     if not storage.exists(layout.MANIFEST):
@@ -100,6 +105,16 @@ def teach(session: Session) -> None:
         _train_teacher(session)
     else:
         _adopt_teacher(session)
+
+
+def teach_discard(session: Session) -> None:
+    """Takes the teacher and its checkpoints away."""
+    _discard_model(session.teacher)
+
+
+def _discard_model(folder: Storage) -> None:
+    folder.delete(layout.MODEL_JSON)  # first: from now on there is no model
+    folder.delete_tree(layout.CHECKPOINTS)
 
 
 def _checkpoint(session: Session) -> dict[str, Tensor]:
@@ -197,6 +212,16 @@ def infer_done(session: Session) -> bool:
     return manifest_fingerprint(knowledge_folder(session), "knowledge") == infer_fingerprint(session)
 
 
+def infer_discard(session: Session) -> None:
+    """Takes this knowledge away, and what a half-finished inference left."""
+    try:
+        folder = knowledge_folder(session)
+    except (ManifestError, ModelError):
+        return  # without its graph or its teacher there is no such knowledge
+    folder.delete(layout.MANIFEST)
+    folder.delete_tree(layout.layer_outputs(infer_fingerprint(session)))
+
+
 def infer(session: Session) -> None:
     """Runs the teacher over every node and stores what the losses need."""
     from gkd_dist.infer.plan import Wants
@@ -253,6 +278,12 @@ def distill_fingerprint(session: Session) -> str:
 def distill_done(session: Session) -> bool:
     """Whether every student is trained."""
     return all(model_fingerprint(session.student(n)) == f for n, f in student_fingerprints(session).items())
+
+
+def distill_discard(session: Session) -> None:
+    """Takes all students and their checkpoints away."""
+    for name in ("distilled", "alone"):
+        _discard_model(session.student(name))
 
 
 def student_tasks(session: Session) -> tuple[Any, ...]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from flow_runs import Job
 
 S3_BUCKET = "bucket"
 # The server ends when its standard input does: however this process dies, nothing is left behind.
@@ -57,3 +63,25 @@ def s3_server(_s3_port: int, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     return endpoint
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A small run of every stage in this process; tests read it, and change only copies."""
+    from flow_runs import STAGES, make_job
+
+    job = make_job(tmp_path_factory.mktemp("finished"))
+    outcome = job.gkd("run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.done == STAGES
+    return job
+
+
+@pytest.fixture
+def copied(finished: Job, tmp_path: Path) -> Job:
+    """A copy of the finished run that a test may change."""
+    from flow_runs import make_job
+
+    job = make_job(tmp_path / "copied")
+    shutil.copytree(finished.run, job.run)
+    return job

@@ -26,7 +26,7 @@ from gkd_dist.storage import Storage
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
-LATEST = "checkpoints/latest.json"
+LATEST = f"{layout.CHECKPOINTS}/latest.json"
 
 
 @dataclass

@@ -13,7 +13,9 @@ def edges_with_loop_and_isolated_node() -> torch.Tensor:
     return torch.tensor([[0, 1, 2, 0, 3, 3], [0, 0, 1, 2, 2, 1]])
 
 
-def both(ours: torch.nn.Module, theirs: torch.nn.Module, *, weighted: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def both(
+    ours: torch.nn.Module, theirs: torch.nn.Module, *, weighted: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     edge_index = edges_with_loop_and_isolated_node()
     weight = torch.rand(edge_index.size(1)) + 0.5 if weighted else None
     x = torch.randn(5, ours.in_channels if hasattr(ours, "in_channels") else 6)

@@ -131,7 +131,9 @@ def test_damage_is_named_and_never_a_wrong_model(
 def test_a_description_of_another_width_does_not_fit(folder: Storage) -> None:
     save(folder)
     edit(folder, in_channels=5)
-    with pytest.raises(ModelError, match=r"convs.0.lin.weight has shape \[4, 3\], the model and the data need \[4, 5\]"):
+    with pytest.raises(
+        ModelError, match=r"convs.0.lin.weight has shape \[4, 3\], the model and the data need \[4, 5\]"
+    ):
         read_model(folder)
 
 
@@ -156,7 +158,9 @@ def test_a_users_class_is_only_imported_where_it_is_named(
     graph, model = path(), save(folder, PLAIN)
     edit(folder, config={**PLAIN.model_dump(mode="json"), "kind": "eager_user:Plain"})
     for allowed in ((), ("user_models:Plain",)):
-        with pytest.raises(ModelError, match=r"the user class eager_user:Plain; pass allow_code=\['eager_user:Plain'\]"):
+        with pytest.raises(
+            ModelError, match=r"the user class eager_user:Plain; pass allow_code=\['eager_user:Plain'\]"
+        ):
             read_model(folder, allowed)
     read_weights(folder)
     read_checkpoint(folder.url)
@@ -182,7 +186,9 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, name: str, legacy: bool) 
     marker = tmp_path / "exploded"
     state = {"weight": torch.ones(2), "extra": Explosive(marker)}
     torch.save(state, tmp_path / name, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ModelError, match="holds more than tensors .*; save it as safetensors or as a plain state_dict"):
+    with pytest.raises(
+        ModelError, match=r"holds more than tensors .*; save it as safetensors or as a plain state_dict"
+    ):
         read_checkpoint(str(tmp_path / name))
     assert not marker.exists()
 

@@ -213,6 +213,8 @@ def test_nothing_is_published_by_a_driver_that_lost_its_run() -> None:
 
 def test_metadata_of_the_cut_depends_on_the_cut(cut: Cut) -> None:
     graph = make_graph()
-    hashes = {cut(graph, parts, method).manifest.meta["n_id_hash"] for parts in (2, 3) for method in ("metis", "random")}
+    hashes = {
+        cut(graph, parts, method).manifest.meta["n_id_hash"] for parts in (2, 3) for method in ("metis", "random")
+    }
     assert len(hashes) == 4
     assert cut(replace(graph, x=graph.x + 1), 2).manifest.meta["n_id_hash"] in hashes  # not on the features

@@ -179,5 +179,5 @@ def test_what_is_sent_is_the_receivers_first_hop(drawn: tuple[Cut, int]) -> None
             rows = plan.rows[plan.ptr[i] : plan.ptr[i + 1]].long()
             received[receiver].append((sender.part, sender.n_id[: sender.num_owned][rows].tolist()))
     for part in found.nodes:
-        blocks = [ids for _, ids in sorted(received[part.part])]
-        assert sum(blocks, []) == first_hop(part)[0].tolist()
+        arrived = [node for _, ids in sorted(received[part.part]) for node in ids]
+        assert arrived == first_hop(part)[0].tolist()
