@@ -45,13 +45,15 @@ class PlainGCN(nn.Module):
         model = config.student.model
         widths = [graph.num_features, *[model.hidden] * (model.layers - 1), graph.num_classes]
         self.convs = nn.ModuleList(GCNConv(a, b, cached=True) for a, b in pairwise(widths))
+        use_norm = model.norm == "layer"
+        self.norms = nn.ModuleList(nn.LayerNorm(width) if use_norm else nn.Identity() for width in widths[1:-1])
         self.dropout, self.input_dropout = model.dropout, model.input_dropout
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Logits."""
         x = F.dropout(x, self.input_dropout, self.training)
-        for conv in self.convs[:-1]:
-            x = F.dropout(conv(x, edge_index).relu(), self.dropout, self.training)
+        for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
+            x = F.dropout(norm(conv(x, edge_index)).relu(), self.dropout, self.training)
         out: Tensor = self.convs[-1](x, edge_index)
         return out
 

@@ -30,11 +30,23 @@ overrides:  dotted.key=value, e.g. distill.num_workers=4 losses.1.weight=10
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``gkd`` command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(arguments)
+    args = _parse(arguments)
     if args.command is None:
         build_parser().print_help()
         return 0
     return _guarded(lambda: int(args.act(args) or 0), args, arguments)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Like ``parse_args``, with overrides also after options, which argparse does not know what to do with."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    late = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+    if late != rest or (late and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
 
 
 def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[str]) -> int:
@@ -175,10 +187,11 @@ def _add_config(verbs: Any) -> None:
 
 def _load(args: argparse.Namespace) -> Config:
     """The configuration, checked as far as possible before anything is started."""
-    from gkd_dist.preflight import check_devices
+    from gkd_dist.preflight import check_code, check_devices
 
     config = load_config(args.config, args.overrides)
     check_devices(config)
+    check_code(config)
     return config
 
 

@@ -9,6 +9,7 @@
         ModelError                    a model folder, a checkpoint, a layer that is not there
         ManifestError                 a manifest: incomplete, of another graph
           NewerSchemaError              written by a later version; never overwritten
+            NewerModelError (ModelError)  the same of a model folder
         ShardError                    a stored object: missing, truncated, flipped byte
         JsonError (ValueError)        a stored object that has to be JSON and is not
       InfrastructureError         4   machines, network, storage; a launcher may try again
@@ -59,6 +60,10 @@ class ManifestError(DataError):
 
 class NewerSchemaError(ManifestError):
     """A manifest was written by a later version; what it describes is left alone."""
+
+
+class NewerModelError(NewerSchemaError, ModelError):
+    """A model was written by a later version; it is left alone."""
 
 
 class ShardError(DataError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd_dist import layout
-from gkd_dist.errors import DataError, ManifestError, ModelError, ObjectNotFoundError
+from gkd_dist.errors import DataError, ManifestError, ModelError, NewerSchemaError, ObjectNotFoundError
 from gkd_dist.session import Session
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,8 @@ def require_before(session: Session, name: str) -> None:
             continue  # nothing reads it
         try:
             finished = earlier.is_done(session)
+        except NewerSchemaError:
+            raise
         except (ManifestError, ModelError, ObjectNotFoundError):
             finished = False
         if not finished:

@@ -1,10 +1,19 @@
-"""What can be known of devices and launchers before a process or a GPU is taken."""
+"""What can be known of devices, launchers and user code before a process or a GPU is taken."""
 
 from __future__ import annotations
 
 from gkd_dist.config import Config
 from gkd_dist.errors import ConfigError
 from gkd_dist.session import is_local
+
+
+def check_code(config: Config) -> None:
+    """`ConfigError` where a ``module:attr`` model cannot be imported here; workers on other machines need it too."""
+    for kind in (config.teacher.model.kind, config.student.model.kind):
+        if ":" in kind:
+            from gkd_dist.models.build import import_model
+
+            import_model(kind)
 
 
 def check_devices(config: Config) -> None:

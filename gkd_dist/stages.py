@@ -62,7 +62,12 @@ def partition(session: Session) -> None:
 
 def partition_discard(session: Session) -> None:
     """Takes the manifest away; the parts are written again under the same names or become orphans."""
-    session.graph.delete(layout.MANIFEST)
+    _discard_manifest(session.graph, "graph")
+
+
+def _discard_manifest(folder: Storage, kind: str) -> None:
+    manifest_fingerprint(folder, kind)  # raises where a later version wrote it
+    folder.delete(layout.MANIFEST)
 
 
 def manifest_fingerprint(storage: Storage, kind: str) -> str | None:
@@ -113,6 +118,7 @@ def teach_discard(session: Session) -> None:
 
 
 def _discard_model(folder: Storage) -> None:
+    model_fingerprint(folder)  # raises where a later version wrote it
     folder.delete(layout.MODEL_JSON)  # first: from now on there is no model
     folder.delete_tree(layout.CHECKPOINTS)
 
@@ -170,6 +176,8 @@ def model_fingerprint(folder: Storage) -> str | None:
         return None
     try:
         return str(read_model_document(folder).get("fingerprint"))
+    except NewerSchemaError:
+        raise
     except ModelError as error:
         log.warning("%s", error)
         return None
@@ -216,9 +224,11 @@ def infer_discard(session: Session) -> None:
     """Takes this knowledge away, and what a half-finished inference left."""
     try:
         folder = knowledge_folder(session)
+    except NewerSchemaError:
+        raise
     except (ManifestError, ModelError):
         return  # without its graph or its teacher there is no such knowledge
-    folder.delete(layout.MANIFEST)
+    _discard_manifest(folder, "knowledge")
     folder.delete_tree(layout.layer_outputs(infer_fingerprint(session)))
 
 

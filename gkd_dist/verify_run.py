@@ -87,5 +87,7 @@ def _verify_model(result: Verification, folder: Storage) -> None:
     try:
         result.num_bytes += read_weights(folder)[1]
         result.num_objects += 1
+    except NewerSchemaError:
+        raise
     except ModelError as error:
         result.problems.append(str(error))

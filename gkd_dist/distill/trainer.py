@@ -23,7 +23,7 @@ from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
-from gkd_dist.errors import ModelError
+from gkd_dist.errors import ModelError, NewerModelError
 from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.objective import Objective
 from gkd_dist.models.build import build_model
@@ -308,5 +308,7 @@ def is_trained(output: Storage, fingerprint: str) -> bool:
         return False
     try:
         return bool(read_model_document(output).get("fingerprint") == fingerprint)
+    except NewerModelError:
+        raise
     except ModelError:
         return False

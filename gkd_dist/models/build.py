@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ def build_model(config: ModelConfig, in_channels: int, out_channels: int) -> nn.
     """
     if config.kind in BUILT_IN_MODELS:
         return LayeredModel(config, in_channels, out_channels)
-    factory = _import(config.kind)
+    factory = import_model(config.kind)
     try:
         model = factory(in_channels=in_channels, out_channels=out_channels, **config.args)
     except TypeError as error:
@@ -45,14 +46,17 @@ def _check_depth(config: ModelConfig, model: nn.Module) -> None:
         )
 
 
-def _import(path: str):  # type: ignore[no-untyped-def]
+def import_model(path: str) -> Callable[..., Any]:
+    """The user's class or function ``module:attr``; `ConfigError` where it cannot be imported."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the user's own lines raise
         raise ConfigError(
-            f"model kind {path} could not be imported: {error}; put the folder of {module.split('.')[0]} on PYTHONPATH"
+            f"model kind {path} could not be imported: {type(error).__name__}: {error}; correct it, or put the folder "
+            f"of {module.split('.')[0]} on PYTHONPATH"
         ) from error
+    return found
 
 
 def run_model(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gkd_dist import layout
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig, StorageConfig
-from gkd_dist.errors import DataError, JsonError, ModelError, ObjectNotFoundError
+from gkd_dist.errors import DataError, JsonError, ModelError, NewerModelError, ObjectNotFoundError
 from gkd_dist.models.build import build_model
 from gkd_dist.shards.codec import decode, encode
 from gkd_dist.storage import Storage
@@ -72,7 +72,7 @@ def read_model_document(storage: Storage) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("format_version"), int):
         raise ModelError(f"{where} is not a model description; write the model again")
     if document["format_version"] > FORMAT_VERSION:
-        raise ModelError(
+        raise NewerModelError(
             f"{where} has format {document['format_version']}, this version reads {FORMAT_VERSION}; upgrade gkd_dist"
         )
     weights = document.get("weights")

@@ -65,11 +65,25 @@ def test_version() -> None:
     assert (outcome.code, outcome.out.split()[0]) == (0, "gkd_dist")
 
 
-@pytest.mark.parametrize("arguments", [["dance"], ["run"], ["run", "x.yaml", "--redo", "dance"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["dance"], ["run"], ["run", "x.yaml", "--redo", "dance"], ["verify"], ["run", "x.yaml", "--dry-run", "--bogus=1"]],
+)
 def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     outcome = gkd(*arguments)
     assert outcome.code == 2
     assert "usage: gkd" in outcome.err
+
+
+def test_overrides_may_stand_anywhere_after_the_file(finished: Job) -> None:
+    file = str(finished.config)
+    for arguments in (
+        [file, "seed=1", "--dry-run", "seed=2"],
+        ["--dry-run", file, "seed=2"],
+        [file, "--dry-run", "seed=2"],
+    ):
+        args = cli._parse(["run", *arguments])
+        assert (args.config, args.overrides[-1], args.dry_run) == (file, "seed=2", True)
 
 
 # --- errors ----------------------------------------------------------------------------------
