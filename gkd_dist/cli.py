@@ -148,17 +148,18 @@ def _add_flow_verbs(verbs: Any) -> None:
         parser.add_argument("--redo", action="store_true", help="do it again although it is finished")
 
 
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_config_arguments(parser: argparse.ArgumentParser, dry_run: bool = True) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done or skipped, and why")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done or skipped, and why")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--take-over", action="store_true", help="take the run from a driver that is known to be gone")
 
 
 def _add_predict(verbs: Any) -> None:
     parser = _verb(verbs, "predict", "classes, logits and embeddings of every node, by a model of a run", _predict)
-    _add_config_arguments(parser)
+    _add_config_arguments(parser, dry_run=False)
     parser.add_argument("--model", default="distilled", help="distilled, alone or teacher (default: distilled)")
     parser.add_argument("--out", required=True, metavar="URL", help="folder for the files")
     parser.add_argument("--format", default="parquet", choices=("parquet", "safetensors"))
@@ -197,11 +198,13 @@ def _load(args: argparse.Namespace) -> Config:
 
 def _run(args: argparse.Namespace) -> int:
     from gkd_dist.driver import driving, plan_run
+    from gkd_dist.preflight import check_launcher
 
     config = _load(args)
     if args.dry_run:
         _print_plan(plan_run(config, args.redo), args.json)
         return 0
+    check_launcher(config)
     with driving(config, take_over=args.take_over) as session:
         flow.run_flow(session, args.redo)
         _print_result(session, args.json)
@@ -262,7 +265,7 @@ def _predict(args: argparse.Namespace) -> int:
     from gkd_dist.predictions import predict_run
 
     config = _load(args)
-    with driving(config, take_over=args.take_over) as session:
+    with driving(config, take_over=args.take_over, save_config=False) as session:
         other = None if args.graph is None else load_config(args.graph)
         written = predict_run(session, args.model, args.out, args.format, args.embeddings, other)
     print(json.dumps(written, indent=1) if args.json else f"{written['num_nodes']:,} nodes in {written['url']}")

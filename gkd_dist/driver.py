@@ -24,10 +24,13 @@ def is_follower(config: Config, stage: str) -> bool:
 
 
 @contextmanager
-def driving(config: Config, *, take_over: bool = False, follow: bool = False) -> Iterator[Session]:
+def driving(
+    config: Config, *, take_over: bool = False, follow: bool = False, save_config: bool = True
+) -> Iterator[Session]:
     """A session that owns the run for the time of a ``with`` block.
 
-    The stores are written to once before anything is started. ``follow`` neither owns nor writes.
+    The stores are written to once before anything is started. ``follow`` neither owns nor writes;
+    without ``save_config`` the run keeps the configuration that it was last driven with.
     """
     with ExitStack() as stack:
         session = Session.open(config, Progress())
@@ -37,7 +40,8 @@ def driving(config: Config, *, take_over: bool = False, follow: bool = False) ->
                 storage.check_writable()
             owner = stack.enter_context(Ownership(session.run, take_over))
             session.check_ownership = owner.check
-            session.run.write(layout.CONFIG, dump_config(config).encode())
+            if save_config:
+                session.run.write(layout.CONFIG, dump_config(config).encode())
         yield session
 
 

@@ -6,7 +6,8 @@
     <run>/graph/manifest.json                   part-00000-<sha8>.safetensors ...
     <run>/teacher/model.json model.safetensors  checkpoints/
     <run>/knowledge/<teacher>-<fp8>/manifest.json   part-00000-<sha8>.safetensors ...  tmp-<fp8>/
-    <run>/students/<name>/model.json model.safetensors  checkpoints/step-00000500/  predictions/  export/
+    <run>/students/<name>/model.json model.safetensors  checkpoints/step-00000500/  predictions/
+    <run>/export/model.json model.safetensors README.md
     <run>/stages/<stage>.json
     <run>/tensorboard/<name>/events...
     <run>/metrics.json  report.html

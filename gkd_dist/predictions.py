@@ -6,6 +6,7 @@ from typing import Any
 
 from gkd_dist import stages
 from gkd_dist.config import Config
+from gkd_dist.driver import driving
 from gkd_dist.errors import ConfigError
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.session import Session
@@ -49,5 +50,6 @@ def _other_graph(session: Session, other: Config) -> GraphStore:
     """The graph store of another configuration, built where that one keeps it if need be."""
     theirs = Session.open(other, session.progress)
     if not stages.partition_done(theirs):
-        stages.partition(theirs)
+        with driving(other) as owned:
+            stages.partition(owned)
     return stages.open_graph(theirs)

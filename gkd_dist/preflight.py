@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from gkd_dist.config import Config
 from gkd_dist.errors import ConfigError
 from gkd_dist.session import is_local
@@ -14,6 +16,19 @@ def check_code(config: Config) -> None:
             from gkd_dist.models.build import import_model
 
             import_model(kind)
+
+
+def check_launcher(config: Config) -> None:
+    """`ConfigError` where the run counts on a launcher that has not started this process."""
+    distill = config.distill
+    if distill.launcher not in ("torchrun", "deepspeed"):
+        return
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size is None or "RANK" not in os.environ:
+        raise ConfigError(
+            f"distill.launcher is {distill.launcher}, but RANK and WORLD_SIZE are not set: it has not started this "
+            "process; use launch/torchrun.sh, or set distill.launcher=ray"
+        )
 
 
 def check_devices(config: Config) -> None:

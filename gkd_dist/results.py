@@ -114,7 +114,7 @@ def _measure(
     session: Session, folder: Storage, predictions: tuple[Storage, Manifest], teacher: tuple[Storage, Manifest] | None
 ) -> dict[str, Any]:
     """One row of the table."""
-    from gkd_dist.evaluate import evaluate_logits, lsp_divergence
+    from gkd_dist.evaluate import evaluate_logits
     from gkd_dist.inference_time import inference_seconds
 
     graph = stages.open_graph(session)
@@ -127,8 +127,23 @@ def _measure(
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "inference_s": inference_seconds(model, graph),
         "agreement": values.get("agreement"),
-        "lsp_kl": None if term is None or teacher is None else lsp_divergence(graph, predictions, teacher, term),
+        "lsp_kl": None if term is None or teacher is None else _divergence(session, folder, predictions, teacher, term),
     }
+
+
+def _divergence(
+    session: Session,
+    folder: Storage,
+    predictions: tuple[Storage, Manifest],
+    teacher: tuple[Storage, Manifest],
+    term: LspLoss,
+) -> float:
+    """LSP divergence by the first LSP term, with the width that training settled on where there is one."""
+    from gkd_dist.evaluate import lsp_divergence
+
+    summary = read_model_document(folder).get("meta", {}).get("summary", {})
+    sigma = summary.get("extra", {}).get("sigmas", {}).get("lsp")
+    return lsp_divergence(stages.open_graph(session), predictions, teacher, term, student_sigma=sigma)
 
 
 def _stage_facts(session: Session, models: dict[str, Any]) -> dict[str, Any]:

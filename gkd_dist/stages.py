@@ -239,6 +239,7 @@ def infer(session: Session) -> None:
 
     graph = open_graph(session)
     scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
+    check_losses(session.config, graph)  # before the teacher's work, which would be for nothing
     say_knowledge(session.config, graph.manifest.meta)
     with task_progress(session, "infer") as progress:
         infer_nodes(
@@ -327,7 +328,7 @@ def distill(session: Session) -> None:
 
     config = session.config.distill
     tasks = student_tasks(session)
-    check_losses(session.config, open_graph(session))
+    warn_of_little_halo(session.config, open_graph(session))
     if config.launcher in ("torchrun", "deepspeed"):
         _distill_in_group(TrainJob(session.run, tasks, config))
         return
@@ -376,13 +377,17 @@ def _follow_many(bar: Any, epochs: int, names: list[str]) -> Any:
 
 
 def check_losses(config: Config, graph: GraphStore) -> None:
-    """`DataError` for an LSP term on a graph without edges, `ConfigError` for too little halo."""
+    """`DataError` for an LSP term on a graph without edges."""
     has_lsp = any(loss.kind == "lsp" for loss in config.losses)
     if has_lsp and not any(part.counts["num_lsp_nodes"] for part in graph.manifest.parts):
         raise DataError(
             "an LSP loss needs edges, but no node of the graph has an in-neighbour other than itself; "
             "remove the lsp term or choose a graph with edges"
         )
+
+
+def warn_of_little_halo(config: Config, graph: GraphStore) -> None:
+    """Says once where training is not exact because the user asked for fewer hops than that needs."""
     stored, needed = int(graph.manifest.meta["halo_hops"]), config.required_halo_hops()
     if stored < needed:
         log.warning(

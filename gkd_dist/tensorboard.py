@@ -174,6 +174,8 @@ def _read_local(folder: Path) -> dict[str, list[tuple[int, float]]]:
         return {}
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
 
+    # It warns of every resumed run, whose repeated points it rightly leaves out.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     # 0 keeps every point; texts come as tensors and are not needed.
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0, TENSORS: 1})
     events.Reload()

@@ -7,6 +7,8 @@ test can be rank 3 of 8 in a single process.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -80,13 +82,8 @@ class World:
         if self.world_size == 1:
             return values.clone()
         total = values.to(self.device, copy=True)
-        try:
+        with self._bounded():
             dist.all_reduce(total)
-        except RuntimeError as error:
-            raise StudentError(
-                f"rank {self.rank} of {self.world_size} waited in vain for its peers ({_first_line(error)}); "
-                "look at the logs of the other ranks, then run the same command again"
-            ) from error
         return total.to(values.device)
 
     def broadcast(self, values: Tensor) -> Tensor:
@@ -94,8 +91,20 @@ class World:
         if self.world_size == 1:
             return values
         shared = values.to(self.device, copy=True)
-        dist.broadcast(shared, src=0)
+        with self._bounded():
+            dist.broadcast(shared, src=0)
         return shared.to(values.device)
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """A collective that did not come about, as a sentence that names who waited."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise StudentError(
+                f"rank {self.rank} of {self.world_size} waited in vain for its peers ({_first_line(error)}); "
+                "look at the logs of the other ranks, then run the same command again"
+            ) from error
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -31,7 +31,7 @@ graph:
 partition: {{method: random, num_parts: 3}}
 teacher:
   model: {{kind: sage, hidden: 16, norm: none, dropout: 0.2}}
-  train: {{epochs: 8, patience: 0, threads: 1}}
+  train: {{epochs: 8, patience: 0, checkpoint_every: 3, threads: 1}}
 infer: {{num_actors: 0, dtype: fp32}}
 student:
   model: {{kind: gcn, hidden: 8, norm: none, dropout: 0.1}}

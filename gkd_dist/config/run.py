@@ -43,6 +43,11 @@ class Config(Section):
                 f"distill.launcher inline is one process (got distill.num_workers {self.distill.num_workers}); "
                 "set distill.num_workers=1 or distill.launcher=ray"
             )
+        if self.distill.launcher == "inline" and self.distill.gpus_per_worker:
+            raise ValueError(
+                f"distill.launcher inline is for CPUs (got distill.gpus_per_worker {self.distill.gpus_per_worker}); "
+                "set distill.gpus_per_worker=0 or distill.launcher=ray"
+            )
         if self.run.startswith("memory:") and (self.infer.num_actors > 0 or self.distill.launcher != "inline"):
             raise ValueError(
                 "a memory: run lives in one process; set infer.num_actors=0, distill.launcher=inline "

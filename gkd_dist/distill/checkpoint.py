@@ -78,9 +78,9 @@ def committed_steps(storage: Storage) -> list[int]:
     return [step for step in steps if isinstance(step, int)] if isinstance(steps, list) else []
 
 
-def load_checkpoint(storage: Storage, fingerprint: str) -> TrainState | None:
-    """The newest whole checkpoint of the run with this fingerprint, or None."""
-    for step in reversed(committed_steps(storage)):
+def load_checkpoint(storage: Storage, fingerprint: str, only: int | None = None) -> TrainState | None:
+    """The newest whole checkpoint of the run with this fingerprint, or None; ``only`` of that step."""
+    for step in reversed(committed_steps(storage)) if only is None else (only,):
         try:
             state = _read(storage, step, fingerprint)
         except (ObjectNotFoundError, DataError, ValueError, KeyError, TypeError) as error:

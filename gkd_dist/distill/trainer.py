@@ -23,7 +23,7 @@ from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
-from gkd_dist.errors import ModelError, NewerModelError
+from gkd_dist.errors import ModelError, NewerModelError, StudentError
 from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.objective import Objective
 from gkd_dist.models.build import build_model
@@ -117,6 +117,22 @@ def build_objective(task: TrainTask) -> Objective:
     return Objective(task.losses, meta["task"], task.teacher_layers, task.model.layers, medians)
 
 
+def agree_on_checkpoint(task: TrainTask, world: World) -> TrainState:
+    """Where to go on: rank 0 chooses the checkpoint, all others load that one or stop."""
+    state = load_checkpoint(task.output, task.fingerprint) if world.is_main else None
+    chosen = world.broadcast(torch.tensor([-1 if state is None else state.global_step]))
+    step = int(chosen[0])
+    if step < 0:
+        return TrainState()
+    state = state or load_checkpoint(task.output, task.fingerprint, only=step)
+    if state is None:
+        raise StudentError(
+            f"rank {world.rank} cannot read the checkpoint of step {step} in {task.output.url}, which rank 0 goes on "
+            "from; run the same command again"
+        )
+    return state
+
+
 class Trainer:
     """Trains one model on this rank; all ranks run the same code."""
 
@@ -136,7 +152,7 @@ class Trainer:
         self.my_units = list(range(len(units)))[world.rank :: world.world_size]
         self.task_kind: Task = meta["task"]
         self.spec = ModelSpec(task.model, task.graph.num_features, int(meta["num_classes"]), meta["task"])
-        self.state = load_checkpoint(task.output, task.fingerprint) or TrainState()
+        self.state = agree_on_checkpoint(task, world)
         self.resumed_from = self.state.global_step
         self.engine = self._start_engine(make_engine)
 
@@ -293,6 +309,7 @@ class Trainer:
             peak_rss_bytes(),
             wait_s,
             self.resumed_from,
+            {"sigmas": dict(self.state.sigmas)},
         )
 
 
