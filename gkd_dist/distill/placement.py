@@ -41,7 +41,7 @@ def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) ->
     scratch = tempfile.mkdtemp(prefix="gkd-ray-train-")
     try:
         with _following(job, on_progress):
-            _fit(job, scratch)
+            _interruptible(lambda: _fit(job, scratch))
     except GkdError:
         raise
     except Exception as error:
@@ -52,6 +52,26 @@ def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) ->
     missing = [task.name for task in job.tasks if not is_trained(task.output, task.fingerprint)]
     if missing:
         raise StudentError(f"training ended without a model for {', '.join(missing)}; run the same command again")
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Does ``work`` in a thread and waits for it, so that Ctrl-C stays a `KeyboardInterrupt` here.
+
+    In the main thread Ray Train takes SIGINT for itself and ends the process without a word.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="gkd-ray-train", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
 
 
 def _fit(job: TrainJob, scratch: str) -> None:
