@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig
 from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.graph import LocalGraph
-from gkd_dist.models.layered import LayeredModel, forward_layers, is_layered
+from gkd_dist.models.basic_gnn import is_basic_gnn
+from gkd_dist.models.convs import edge_attr
+from gkd_dist.models.layered import LayeredModel, forward_layers, is_layered, why_not_layered
+
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 
 
 def build_model(config: ModelConfig, in_channels: int, out_channels: int) -> nn.Module:
@@ -64,15 +72,31 @@ def run_model(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits [n, c] and the outputs of ``layers``, for layered and for plain modules.
 
-    A plain module is called as ``model(x, edge_index)``, or with ``edge_weight`` as a third
-    argument where the graph has weights.
+    A plain module is called as ``model(x, edge_index)``, with edge weights and attributes of the
+    graph where its ``forward`` takes them (`edge_inputs`).
     """
     if is_layered(model):
         return forward_layers(model, x, graph, layers)
     if layers:
-        raise ModelError(
-            f"{type(model).__name__} has no layers to name; give it num_layers, forward_layer and activate, "
-            "or drop the loss terms that read layers"
-        )
-    weight = () if graph.edge_weight is None else (graph.edge_weight,)
-    return model(x, graph.edge_index, *weight), {}
+        raise ModelError(f"{no_layers(model)}, or drop the loss terms that read layers")
+    positional, named = edge_inputs(model, graph)
+    return model(x, graph.edge_index, *positional, **named), {}
+
+
+def no_layers(model: nn.Module) -> str:
+    """The first half of a sentence that refuses a layer of a model that has none; the caller adds the other way out."""
+    reason = f" ({why_not_layered(model)})" if is_basic_gnn(model) else ""
+    return f"{type(model).__name__} has no layers to name{reason}; give it num_layers, forward_layer and activate"
+
+
+def edge_inputs(model: nn.Module, graph: LocalGraph) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What ``forward`` of a plain module takes of the edges beside their ends: by position, and by name.
+
+    By name where it names ``edge_weight`` or ``edge_attr``; else weights are its third argument.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())[2:]
+    names = {parameter.name for parameter in parameters}
+    found = {"edge_weight": graph.edge_weight, "edge_attr": edge_attr(graph)}
+    named = {name: value for name, value in found.items() if value is not None and name in names}
+    by_position = parameters and parameters[0].kind in _POSITIONAL and not names & found.keys()
+    return ([graph.edge_weight] if by_position and graph.edge_weight is not None else []), named

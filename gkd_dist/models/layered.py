@@ -1,17 +1,19 @@
 """Models as a stack of layers, so that inference can go layer by layer and losses can name one.
 
 Layer ``l`` (from 1) is the output ``z_l`` of convolution ``l`` after its norm, before activation and
-dropout; the last one is the logits. The protocol is three members: ``num_layers``,
-``forward_layer`` and ``activate``. Any module that has them is treated like the built-in ones.
+dropout. The protocol is three members: ``num_layers``, ``forward_layer`` and ``activate``; then the
+last layer is the logits. Two more, ``readout_layers`` and ``readout``, say otherwise: logits from the
+outputs of several layers, row by row. Any module that has these members is treated like the built-in
+ones, and `as_layers` gives the same five for PyG's ``BasicGNN`` family.
 
 Shapes: ``n`` local nodes, ``d_l`` width of layer l, ``c`` classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,34 +22,116 @@ from torch import Tensor, nn
 from gkd_dist.config import ModelConfig
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
+from gkd_dist.models.basic_gnn import BasicGnnLayers, is_basic_gnn, why_not_basic
 from gkd_dist.models.convs import Dense, build_conv
 from gkd_dist.models.norm import OwnedBatchNorm
 
+_PROTOCOL = ("num_layers", "forward_layer", "activate")
+_READOUT = ("readout_layers", "readout")
+
+
+class Layers(Protocol):
+    """A model as a stack of layers; `as_layers` makes one of any model that has them."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of convolutions."""
+
+    @property
+    def readout_layers(self) -> tuple[int, ...]:
+        """Layers (from 1) whose outputs `readout` reads, ascending."""
+
+    def forward_layer(self, layer: int, h: Tensor, graph: LocalGraph) -> Tensor:
+        """``z_l`` [n, d_l] from the activations ``h`` [n, d_(l-1)] below it; exact for rows with all in-edges."""
+
+    def activate(self, layer: int, z: Tensor) -> Tensor:
+        """``h_l`` from ``z_l``, row by row; layer 0 is the input."""
+
+    def readout(self, outputs: Mapping[int, Tensor]) -> Tensor:
+        """Logits [n, c] from the outputs ``z_l`` of `readout_layers` on the same rows, row by row."""
+
+
+class _LastLayerIsLogits:
+    """A model that follows the protocol without a readout."""
+
+    def __init__(self, model: Any) -> None:
+        self.num_layers: int = model.num_layers
+        self.readout_layers = (self.num_layers,)
+        self.forward_layer, self.activate = model.forward_layer, model.activate
+
+    def readout(self, outputs: Mapping[int, Tensor]) -> Tensor:
+        return outputs[self.num_layers]
+
+
+def as_layers(model: nn.Module) -> Layers | None:
+    """``model`` as layers; None where it can only run as a whole (`why_not_layered` says why).
+
+    Raises `ModelError` for a readout that is not complete.
+    """
+    if not _lacks(model, _PROTOCOL):
+        return _with_readout(model)
+    if is_basic_gnn(model) and not why_not_basic(model):
+        return BasicGnnLayers(model)
+    return None
+
+
+def why_not_layered(model: nn.Module) -> str:
+    """Why `as_layers` gives None for ``model``; empty where it does not."""
+    lacks = _lacks(model, _PROTOCOL)
+    if not lacks:
+        return ""
+    if is_basic_gnn(model):
+        return why_not_basic(model)
+    return f"{type(model).__name__} has no {' and no '.join(lacks)}"
+
 
 def is_layered(model: nn.Module) -> bool:
-    """True where ``model`` follows the layer protocol."""
-    return all(hasattr(model, name) for name in ("num_layers", "forward_layer", "activate"))
+    """True where ``model`` can go layer by layer."""
+    return not why_not_layered(model)
+
+
+def _lacks(model: nn.Module, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not hasattr(model, name)]
+
+
+def _with_readout(model: Any) -> Layers:
+    lacks = _lacks(model, _READOUT)
+    if len(lacks) == len(_READOUT):
+        return cast(Layers, _LastLayerIsLogits(model))
+    if lacks:
+        raise ModelError(f"{type(model).__name__} has half a readout; give it {lacks[0]} as well, or neither")
+    read = tuple(model.readout_layers)
+    if not read or min(read) < 1 or max(read) > model.num_layers:
+        raise ModelError(
+            f"readout_layers of {type(model).__name__} is {read}, but the model has layers 1 to {model.num_layers}; "
+            "name layers that exist"
+        )
+    return cast(Layers, model)
 
 
 def forward_layers(
-    model: Any, x: Tensor, graph: LocalGraph, layers: Sequence[int] = ()
+    model: nn.Module, x: Tensor, graph: LocalGraph, layers: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits [n, c] of a layered model and the outputs ``z_l`` [n, d_l] of ``layers`` (from 1).
 
     `ModelError` for a layer that the model does not have.
     """
-    absent = sorted(layer for layer in layers if not 1 <= layer <= model.num_layers)
+    stack = as_layers(model)
+    if stack is None:
+        raise ModelError(f"{why_not_layered(model)}; run it as a whole, or give it the members of the layer protocol")
+    absent = sorted(layer for layer in layers if not 1 <= layer <= stack.num_layers)
     if absent:
-        raise ModelError(f"the model has layers 1 to {model.num_layers} (got {absent[0]}); ask for one of those")
-    kept: dict[int, Tensor] = {}
-    h = model.activate(0, x)
-    for layer in range(1, model.num_layers + 1):
-        z = model.forward_layer(layer, h, graph)
-        if layer in layers:
-            kept[layer] = z
-        if layer < model.num_layers:
-            h = model.activate(layer, z)
-    return z, kept
+        raise ModelError(f"the model has layers 1 to {stack.num_layers} (got {absent[0]}); ask for one of those")
+    wanted = {*layers, *stack.readout_layers}
+    outputs: dict[int, Tensor] = {}
+    h = stack.activate(0, x)
+    for layer in range(1, stack.num_layers + 1):
+        z = stack.forward_layer(layer, h, graph)
+        if layer in wanted:
+            outputs[layer] = z
+        if layer < stack.num_layers:
+            h = stack.activate(layer, z)
+    return stack.readout(outputs), {layer: outputs[layer] for layer in sorted(set(layers))}
 
 
 def as_local_graph(edges: LocalGraph | Tensor, num_nodes: int, edge_weight: Tensor | None = None) -> LocalGraph:
@@ -105,6 +189,15 @@ class LayeredModel(nn.Module):
         graph = as_local_graph(edges, x.size(0), edge_weight)
         logits, kept = forward_layers(self, x, graph, layers)
         return (logits, kept) if layers else logits
+
+    @property
+    def readout_layers(self) -> tuple[int, ...]:
+        """The last layer alone: it is the logits."""
+        return (self.num_layers,)
+
+    def readout(self, outputs: Mapping[int, Tensor]) -> Tensor:
+        """Logits [n, c]."""
+        return outputs[self.num_layers]
 
     @property
     def uses_graph(self) -> bool:
