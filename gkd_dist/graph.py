@@ -79,7 +79,7 @@ class LocalGraph:
     float32 [n] is the (weighted, where there are weights) in-degree in the *whole* graph, which
     the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
     float32 [m] or None. ``num_owned``: how many of the first nodes statistics are taken over, None
-    for all.
+    for all. ``edge_attr`` float32 [m, a] or None.
     """
 
     pattern: CsrPattern
@@ -87,11 +87,18 @@ class LocalGraph:
     has_self_loop: Tensor
     edge_weight: Tensor | None = None
     num_owned: int | None = None
+    edge_attr: Tensor | None = None
     _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_edge_index(cls, edge_index: Tensor, num_nodes: int, edge_weight: Tensor | None = None) -> LocalGraph:
-        """A whole graph; ``edge_index`` int64 [2, m] in any order."""
+    def from_edge_index(
+        cls,
+        edge_index: Tensor,
+        num_nodes: int,
+        edge_weight: Tensor | None = None,
+        edge_attr: Tensor | None = None,
+    ) -> LocalGraph:
+        """A whole graph; ``edge_index`` int64 [2, m] in any order, weights [m] and attributes [m, a] in the same."""
         order = torch.argsort(edge_index[1] * num_nodes + edge_index[0], stable=True)
         source, target = edge_index[0][order], edge_index[1][order]
         weight = None if edge_weight is None else edge_weight[order].float()
@@ -101,7 +108,8 @@ class LocalGraph:
             degree = torch.zeros(num_nodes, device=weight.device).index_add_(0, target, weight)
         loops = torch.zeros(num_nodes, dtype=torch.bool, device=source.device)
         loops[target[source == target]] = True
-        return cls(CsrPattern.from_csr(indptr_from_counts(counts), source), degree, loops, weight)
+        attr = None if edge_attr is None else edge_attr[order].float()
+        return cls(CsrPattern.from_csr(indptr_from_counts(counts), source), degree, loops, weight, edge_attr=attr)
 
     @property
     def num_nodes(self) -> int:
@@ -187,6 +195,7 @@ class LocalGraph:
             self.has_self_loop.to(device, non_blocking=non_blocking),
             None if self.edge_weight is None else self.edge_weight.to(device, non_blocking=non_blocking),
             self.num_owned,
+            None if self.edge_attr is None else self.edge_attr.to(device, non_blocking=non_blocking),
         )
 
 

@@ -40,8 +40,10 @@ class GCN(GCNConv):
 def gcn_matrix(graph: LocalGraph, normalize: bool, add_self_loops: bool, loop_weight: float) -> WeightedPattern:
     """The matrix of a graph convolution with the options of PyG's class.
 
-    ``loop_weight`` is that of the self-loops that are added; those of the graph keep theirs.
+    ``loop_weight`` is that of the self-loops that are added; those of the graph keep theirs. Like
+    PyG's own code, a graph without weights gets self-loops of weight 1 whatever ``loop_weight`` says.
     """
+    loop_weight = 1.0 if graph.edge_weight is None else loop_weight
     if normalize and add_self_loops and loop_weight == 1.0:
         return graph.gcn_matrix()
 
@@ -97,19 +99,13 @@ class GAT(GATConv):
 
 def _attention_edges(conv: Any, graph: LocalGraph) -> tuple[CsrPattern, Tensor | None]:
     """Edges that attention runs over, and what their attributes add to its logits, [m, h] or None."""
-    attr = edge_attr(graph)
+    attr = graph.edge_attr
     if conv.lin_edge is None or attr is None:
         return graph.loop_pattern() if conv.add_self_loops else graph.pattern, None
     pattern, attr = looped(graph, attr, conv.fill_value) if conv.add_self_loops else (graph.pattern, attr)
     weight = conv.lin_edge.weight.view(conv.heads, conv.out_channels, -1)
     per_head = (weight * conv.att_edge.view(conv.heads, conv.out_channels, 1)).sum(1)
     return pattern, F.linear(attr.to(per_head.dtype), per_head)
-
-
-def edge_attr(graph: LocalGraph) -> Tensor | None:
-    """Attributes of the edges, float32 [m, a] or None."""
-    found: Tensor | None = getattr(graph, "edge_attr", None)
-    return found
 
 
 def looped(graph: LocalGraph, attr: Tensor, fill_value: float | Tensor | str) -> tuple[CsrPattern, Tensor]:

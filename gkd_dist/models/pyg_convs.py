@@ -20,7 +20,7 @@ from torch_geometric.nn.aggr import MeanAggregation, SumAggregation
 
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
-from gkd_dist.models.convs import GAT, GCN, GIN, SAGE, Dense, edge_attr
+from gkd_dist.models.convs import GAT, GCN, GIN, SAGE, Dense
 
 _OURS = (GCN, SAGE, GAT, GIN, Dense)
 # Their ``forward`` reads in-edges and the rows at both ends; a degree is that of the target alone.
@@ -76,7 +76,7 @@ def apply_conv(conv: nn.Module, x: Tensor, graph: LocalGraph, reads_weight: bool
         return call_with(conv, forward, x, graph)
     inputs: dict[str, Tensor | None] = {"edge_weight": graph.edge_weight} if reads_weight else {}
     if reads_attr:
-        inputs["edge_attr"] = edge_attr(graph) if takes_attributes(conv) else None
+        inputs["edge_attr"] = graph.edge_attr if takes_attributes(conv) else None
     return conv(x, graph.edge_index, **inputs)
 
 
@@ -103,8 +103,7 @@ def check_edges(conv: Any, graph: LocalGraph, reads_weight: bool, reads_attr: bo
             "ones; set supports_edge_weight = True in the model's class, or prepare the graph without weights"
         )
     if width is not None and reads_attr:
-        attr = edge_attr(graph)
-        found = 0 if attr is None else attr.size(1)
+        found = 0 if graph.edge_attr is None else graph.edge_attr.size(1)
         if found != width:
             raise ModelError(
                 f"{name} reads {width} attributes per edge, the graph has {found}; set edge_dim to {found or 'null'}, "
