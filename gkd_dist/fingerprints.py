@@ -47,7 +47,9 @@ def given_teacher_fingerprint(config: Config, weights_sha256: str) -> str:
 
 def knowledge_fingerprint(config: Config, teacher: str, weights_sha256: str, wants: Any) -> str:
     """Of the knowledge of one teacher about one graph: its weights, what is stored, and how."""
-    return _of("knowledge", graph_fingerprint(config), teacher, weights_sha256, wants, config.infer.dtype)
+    dtype, scores_dtype = config.infer.dtype, config.infer.scores_dtype or config.infer.dtype
+    dtypes = dtype if scores_dtype == dtype else f"{dtype}, scores {scores_dtype}"
+    return _of("knowledge", graph_fingerprint(config), teacher, weights_sha256, wants, dtypes)
 
 
 def student_fingerprint(config: Config, knowledge: str | None) -> str:

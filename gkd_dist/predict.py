@@ -68,7 +68,7 @@ def predict(
         return published
     layer = max(1, int(document["config"]["layers"]) - 1)
     work = out.child(f"work-{fingerprint[:8]}")
-    exact = (settings or InferConfig(num_actors=0)).model_copy(update={"dtype": "fp32"})
+    exact = (settings or InferConfig(num_actors=0)).exact()
     wants = Wants(embeddings={layer} if embeddings else ())
     options = {"pool": pool, "allow_code": allow_code, "progress": progress}
     knowledge = infer_nodes(model, graph, work, wants, exact, fingerprint=fingerprint, **options)  # type: ignore[arg-type]

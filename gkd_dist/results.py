@@ -100,7 +100,7 @@ def _predict(session: Session, name: str, identity: str) -> tuple[Storage, Manif
             stages.open_graph(session),
             out,
             Wants(True, scores),
-            session.config.infer.model_copy(update={"dtype": "fp32"}),
+            session.config.infer.exact(),
             fingerprint=fp.evaluation_fingerprint({name: identity}, repr(scores)),
             pool=session.actors(),
             allow_code=session.allow_code,

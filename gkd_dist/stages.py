@@ -216,8 +216,23 @@ def knowledge_folder(session: Session) -> Storage:
 
 
 def infer_done(session: Session) -> bool:
-    """Whether the knowledge is complete."""
-    return manifest_fingerprint(knowledge_folder(session), "knowledge") == infer_fingerprint(session)
+    """Whether the knowledge is complete; `DataError` where it is too coarse for a width that has changed since."""
+    folder = knowledge_folder(session)
+    if manifest_fingerprint(folder, "knowledge") != infer_fingerprint(session):
+        return False
+    if session.config.infer.max_kl is not None:
+        from gkd_dist.infer.knowledge import refuse_coarse
+
+        manifest = Manifest.load(folder, "knowledge")
+        refuse_coarse(manifest.meta, manifest.parts, packing(session.config))
+    return True
+
+
+def packing(config: Config) -> Any:
+    """How the teacher's knowledge is stored."""
+    from gkd_dist.infer.packing import Packing
+
+    return Packing.of(config.infer, config.losses, config.teacher.model.layers)
 
 
 def infer_discard(session: Session) -> None:
@@ -249,6 +264,7 @@ def infer(session: Session) -> None:
             Wants(True, scores, embeddings),
             session.config.infer,
             fingerprint=infer_fingerprint(session),
+            packing=packing(session.config),
             pool=session.actors(),
             allow_code=session.allow_code,
             progress=progress,

@@ -70,8 +70,18 @@ class InferConfig(Section):
     window: Positive = Field(2, description="tasks in flight per actor")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of stored logits, embeddings and scores")
     scores: Literal["auto", "scores", "embeddings"] = Field("auto", description="what LSP reads; auto: the smaller")
+    scores_dtype: Literal["fp32", "fp16", "bf16", "uint8"] | None = Field(
+        None, description="of stored scores; null: dtype; uint8: affine per target node"
+    )
+    max_kl: NonNegativeFloat | None = Field(
+        None, description="largest KL(teacher || stored teacher) that scores may allow; null: any"
+    )
     max_restarts: NonNegative = 3
     max_task_retries: NonNegative = 2
+
+    def exact(self) -> InferConfig:
+        """The same actors, everything stored as it was computed."""
+        return self.model_copy(update={"dtype": "fp32", "scores_dtype": None, "max_kl": None})
 
 
 class StudentConfig(Section):

@@ -4,6 +4,7 @@ A knowledge part lies beside the graph part of the same number and holds, each o
 
     logits                     [o, c]    outputs of the last layer
     scores.<layer>.<metric>    [m]       raw scores of the in-edges of owned nodes, in edge order
+      … .offset, … .scale      [o]       beside them where they are uint8
     embeddings.<layer>         [n, d_l]  z_l of owned nodes and of their first halo hop
 
 Shapes: ``o`` owned nodes; ``n`` owned and first-hop halo nodes; ``m`` in-edges of owned nodes.
@@ -11,15 +12,18 @@ Shapes: ``o`` owned nodes; ``n`` owned and first-hop halo nodes; ``m`` in-edges 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gkd_dist.infer.packing import SCORES, Packing, part_errors, score_error, score_of, worst
 from gkd_dist.infer.plan import Wants
 from gkd_dist.losses import median
+from gkd_dist.losses.bounds import describe, require_fine
 from gkd_dist.models.io import ModelSpec
+from gkd_dist.shards.manifest import ObjectEntry
 
 KIND = "knowledge"
 LOGITS = "logits"
@@ -28,7 +32,7 @@ Histogram = dict[int, int]  # key of `losses.median` to count, only where the co
 
 def score_name(layer: int, metric: str) -> str:
     """Name of a stored score tensor."""
-    return f"scores.{layer}.{metric}"
+    return f"{SCORES}{layer}.{metric}"
 
 
 def embedding_name(layer: int) -> str:
@@ -59,17 +63,44 @@ def median_score(histogram: Mapping[int, int]) -> float | None:
 
 
 def knowledge_meta(
-    wants: Wants, depth: int, spec: ModelSpec, dtype: str, histograms: Mapping[str, Histogram]
+    wants: Wants,
+    depth: int,
+    spec: ModelSpec,
+    packing: Packing,
+    histograms: Mapping[str, Histogram],
+    parts: Sequence[ObjectEntry],
 ) -> dict[str, Any]:
-    """``meta`` of the manifest; ``depth`` 0 stands for k-hop mode."""
-    names = [score_name(layer, metric) for layer, metric in wants.score_names()]
+    """``meta`` of the manifest; ``depth`` 0 stands for k-hop mode, ``parts`` are the entries of all parts."""
+    scores: dict[str, Any] = {}
+    bounds: list[dict[str, Any]] = []
+    for layer, metric in wants.score_names():
+        name = score_name(layer, metric)
+        error = worst([score_error(part.meta["floats"][name]) for part in parts if part.counts["num_owned_edges"]])
+        median = median_score(histograms.get(name, {}))
+        scores[f"{layer}.{metric}"] = {"median": median, "bound": error.error, "low": error.low, "high": error.high}
+        bounds += [describe(reader, error, median) for reader in packing.readers if reader.score == (layer, metric)]
     return {
         "mode": "layerwise" if depth else "khop",
         "num_layers": spec.config.layers,
         "num_classes": spec.out_channels,
         "task": spec.task,
-        "dtype": dtype,
+        "dtype": packing.dtype,
+        "scores_dtype": packing.scores_dtype,
         "logits": wants.logits,
-        "scores": {name.removeprefix("scores."): {"median": median_score(histograms.get(name, {}))} for name in names},
+        "scores": scores,
+        "bounds": bounds,
         "embeddings": sorted(wants.embeddings),
     }
+
+
+def refuse_coarse(meta: Mapping[str, Any], parts: Iterable[ObjectEntry], packing: Packing) -> None:
+    """`DataError` naming the first part whose stored scores are too coarse for ``infer.max_kl``.
+
+    ``meta`` of a manifest has the medians, which are known when all parts are.
+    """
+    if packing.max_kl is None:
+        return
+    medians = {score_of(name): value["median"] for name, value in meta["scores"].items()}
+    for number, part in enumerate(parts):
+        errors, where = part_errors(part.meta["floats"]), f"part {number}"
+        require_fine(packing.readers, errors, medians, packing.max_kl, packing.scores_dtype, where)

@@ -19,9 +19,10 @@ from gkd_dist import layout
 from gkd_dist.config import InferConfig
 from gkd_dist.errors import ManifestError, ModelError, NewerSchemaError, ObjectNotFoundError
 from gkd_dist.infer.commits import Commits
-from gkd_dist.infer.knowledge import KIND, Histogram, add_histogram, knowledge_meta
+from gkd_dist.infer.knowledge import KIND, Histogram, add_histogram, knowledge_meta, refuse_coarse
 from gkd_dist.infer.layerwise import copy_name
 from gkd_dist.infer.local import LocalExecutor
+from gkd_dist.infer.packing import Packing
 from gkd_dist.infer.plan import KNOWLEDGE, Schedule, Task, TaskGraph, Wants
 from gkd_dist.infer.worker import Job, Request, Result, model_digest, trim
 from gkd_dist.models.io import ModelSpec, read_model, read_model_document
@@ -59,6 +60,7 @@ def infer_nodes(
     settings: InferConfig,
     *,
     fingerprint: str,
+    packing: Packing | None = None,
     pool: Executor | None = None,
     allow_code: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -66,10 +68,11 @@ def infer_nodes(
 ) -> Manifest:
     """Runs the model at ``model_storage`` over every node of ``graph``; returns the manifest in ``out``.
 
-    ``pool`` are Ray actors, None: this process. ``progress(done, total)`` counts tasks.
-    ``ownership_check`` runs before every commit and may raise to stop the run. A run that was
-    interrupted goes on where it stopped; one that is finished returns at once. Raises `ModelError`
-    where the model does not fit the graph or lacks a wanted layer.
+    ``packing`` says how the knowledge is stored, None: as ``settings`` do. ``pool`` are Ray actors,
+    None: this process. ``progress(done, total)`` counts tasks. ``ownership_check`` runs before every
+    commit and may raise to stop the run. A run that was interrupted goes on where it stopped; one
+    that is finished returns at once. Raises `ModelError` where the model does not fit the graph or
+    lacks a wanted layer, and `DataError` where scores are too coarse for ``infer.max_kl``.
     """
     before = _published(out)
     if before is not None and before.fingerprint == fingerprint:
@@ -79,17 +82,16 @@ def infer_nodes(
     document = read_model_document(model_storage)
     _check_model(model, spec, graph, wants)
     plan = plan_tasks(model, graph, wants)
-    job = _job(model_storage, document, graph, out, wants, settings, fingerprint, tuple(allow_code), plan)
+    packing = packing or Packing.of(settings)
+    job = _job(model_storage, document, graph, out, wants, settings, packing, fingerprint, tuple(allow_code), plan)
     del model  # the workers hold their own
     run = _Run(plan, job, pool or LocalExecutor(), Commits(job.tmp, fingerprint), ownership_check)
     run.drive(progress)
-    manifest = Manifest(
-        KIND,
-        fingerprint,
-        {"graph": graph.manifest.fingerprint, "model": str(document["fingerprint"])},
-        knowledge_meta(wants, plan.depth, spec, settings.dtype, run.histograms),
-        run.knowledge_entries(),
-    )
+    parts = run.knowledge_entries()
+    meta = knowledge_meta(wants, plan.depth, spec, packing, run.histograms, parts)
+    refuse_coarse(meta, parts, packing)
+    inputs = {"graph": graph.manifest.fingerprint, "model": str(document["fingerprint"])}
+    manifest = Manifest(KIND, fingerprint, inputs, meta, parts)
     ownership_check()
     manifest.save(out)
     _clean_up(out, before, manifest)
@@ -169,6 +171,7 @@ def _job(
     out: Storage,
     wants: Wants,
     settings: InferConfig,
+    packing: Packing,
     fingerprint: str,
     allow_code: tuple[str, ...],
     plan: TaskGraph,
@@ -184,7 +187,7 @@ def _job(
         wants=wants,
         depth=plan.depth,
         sends=frozenset(layer for layer in range(1, plan.depth + 1) if plan.sends(layer)),
-        dtype=settings.dtype,
+        packing=packing,
         threads=settings.threads,
         device="cuda" if settings.gpus_per_actor else "cpu",
     )

@@ -22,11 +22,11 @@ from gkd_dist.errors import ConfigError, ManifestError, ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.infer import layerwise
 from gkd_dist.infer.knowledge import Histogram, embedding_name, score_histogram, score_name
+from gkd_dist.infer.packing import Packing, pack_knowledge
 from gkd_dist.infer.plan import KNOWLEDGE, Task, Wants
 from gkd_dist.models.io import read_model, read_model_document
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import ObjectEntry
-from gkd_dist.shards.quantise import pack_float
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
@@ -53,7 +53,7 @@ class Job:
     wants: Wants
     depth: int
     sends: frozenset[int]
-    dtype: str
+    packing: Packing
     threads: int
     device: str
 
@@ -156,13 +156,14 @@ class _Work:
             histograms = {name: score_histogram(values, loops) for name, values in scores.items()}
             tensors |= scores
         layerwise.check_finite(tensors, str(self.task))
-        packed = {name: pack_float(tensor, self.job.dtype) for name, tensor in tensors.items()}
+        indptr = part["indptr"][: self.counts["num_owned"] + 1]
+        stored, meta = pack_knowledge(tensors, indptr, self.job.packing, f"part {self.task.part}")
         entry = write_shard(
             self.job.out,
             layout.part(self.task.part),
-            {name: values for name, (values, _) in packed.items()},
+            stored,
             {name: self.counts[name] for name in ("num_owned", "num_halo_1", "num_owned_edges")},
-            {"floats": {name: info for name, (_, info) in packed.items()}},
+            meta,
         )
         return Result(entry, histograms)
 

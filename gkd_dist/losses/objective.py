@@ -9,7 +9,6 @@ Shapes: ``k`` terms; ``n`` nodes of a batch, ``c`` classes or labels, ``d`` chan
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from gkd_dist.config import KdLoss, LabelLoss, Loss, resolve_layer
 from gkd_dist.graph import Batch, Task
+from gkd_dist.losses.bounds import term_names
 from gkd_dist.losses.median import NUM_KEYS, median_of_histogram
 from gkd_dist.losses.precision import at_least_fp32
 from gkd_dist.losses.terms import KdTerm, LabelTerm, LspTerm, Term
@@ -48,7 +48,7 @@ class Objective:
     ) -> None:
         self._losses = tuple(losses)
         self._terms: list[Term] = []
-        for name, loss in zip(_names(self._losses), self._losses, strict=True):
+        for name, loss in zip(term_names(self._losses), self._losses, strict=True):
             if isinstance(loss, LabelLoss):
                 self._terms.append(LabelTerm.of(name, loss, task))
             elif isinstance(loss, KdLoss):
@@ -164,12 +164,3 @@ class Objective:
 
 
 _LSP_ADVICE = "set sigma: median, outer_softmax: false or kernel: cosine with a temperature, or remove it"
-
-
-def _names(losses: Sequence[Loss]) -> list[str]:
-    seen: Counter[str] = Counter()
-    names = []
-    for loss in losses:
-        names.append(loss.kind if not seen[loss.kind] else f"{loss.kind}_{seen[loss.kind]}")
-        seen[loss.kind] += 1
-    return names

@@ -1,4 +1,7 @@
-"""Floats in fewer bytes: value = scale * q with a power of two as scale, and a measured bound.
+"""Floats in fewer bytes, with a measured bound.
+
+``pack_float``: value = scale * q with a power of two as scale, one per tensor. ``pack_rows``: value =
+offset + scale * q in one byte, offset and scale of each row of a CSR matrix.
 
 A power of two changes no significant digit. It maps the largest finite value into the range of the
 stored dtype (squared distances of wide features exceed 65,504, the largest float16), and for
@@ -15,8 +18,11 @@ import torch
 from torch import Tensor
 
 from gkd_dist.errors import ShardError
+from gkd_dist.sparse import row_index, segment_max
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+UINT8 = "uint8"
+_LARGEST_CODE = 255
 _SMALLEST_EXPONENT = -100  # keeps the scale and its inverse normal float32 numbers
 _CHUNK = 1 << 20
 
@@ -94,3 +100,59 @@ def _error(values: Tensor, packed: Tensor, scale: float) -> float:
     exact = values.double()
     error = (exact - (packed.float() * scale).double()).abs()
     return float(torch.where(exact.isfinite(), error, error.new_zeros(())).max())
+
+
+# --- one byte per value, affine per row --------------------------------------------------------
+
+
+def pack_rows(values: Tensor, indptr: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """``values`` float32 [m] of the rows that ``indptr`` int64 [o + 1] bounds, as one byte each.
+
+    Returns codes uint8 [m], offset float32 [o], scale float32 [o] and ``{"affine": True, "bound": e}``:
+    after `unpack_rows` no value is off by more than ``e``. A row of one value, or of equal ones, is
+    exact; no other value is off by more than half a scale and the rounding of a float32.
+
+    ShardError for another dtype, and for values that are not finite.
+    """
+    if values.dtype != torch.float32 or not bool(values.isfinite().all()):
+        raise ShardError(f"bytes are made of finite float32 values (got {values.dtype}); check what is packed")
+    offset, scale = -segment_max(-values, indptr), _row_scale(values, indptr)
+    codes = torch.empty(values.numel(), dtype=torch.uint8)
+    rows, bound = row_index(indptr), 0.0
+    for start in range(0, values.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        low, step = offset[rows[part]], scale[rows[part]]
+        steps = (values[part].double() - low.double()) / torch.where(step > 0, step, 1.0).double()
+        codes[part] = steps.round_().clamp_(0, _LARGEST_CODE).to(torch.uint8)
+        bound = max(bound, _error(values[part], _affine(codes[part], low, step), 1.0))
+    return codes, offset, scale, {"affine": True, "bound": bound}
+
+
+def unpack_rows(codes: Tensor, offset: Tensor, scale: Tensor, indptr: Tensor) -> Tensor:
+    """Float32 [m] of what `pack_rows` returned; ShardError where the tensors do not fit together."""
+    num_rows = offset.numel()
+    if scale.numel() != num_rows or indptr.numel() != num_rows + 1 or int(indptr[-1]) != codes.numel():
+        raise ShardError(
+            f"{codes.numel()} bytes with {num_rows} offsets and {scale.numel()} scales, expected those of "
+            f"{indptr.numel() - 1} rows with {int(indptr[-1])} values; write the shard again"
+        )
+    rows, values = row_index(indptr), torch.empty(codes.numel())
+    for start in range(0, codes.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        values[part] = _affine(codes[part], offset[rows[part]], scale[rows[part]])
+    return values
+
+
+def _row_scale(values: Tensor, indptr: Tensor) -> Tensor:
+    """255th of each row's range, rounded up, so that the largest code reaches the largest value."""
+    # in float64: the range of float32 values may be twice the largest of them, or below the smallest
+    span = segment_max(values, indptr).double() + segment_max(-values, indptr).double()
+    scale = (span / _LARGEST_CODE).float()
+    short = scale.double() * _LARGEST_CODE < span
+    return torch.where(short, torch.nextafter(scale, torch.full_like(scale, math.inf)), scale)
+
+
+def _affine(codes: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
+    """Values of codes; rounding never leaves the finite numbers."""
+    largest = torch.finfo(torch.float32).max
+    return (offset.double() + codes.double() * scale.double()).clamp_(-largest, largest).float()

@@ -7,9 +7,9 @@ in the knowledge part, so nothing is searched or sorted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -18,11 +18,12 @@ from gkd_dist.graph import LocalGraph
 from gkd_dist.losses.scores import Metric, pattern_scores
 from gkd_dist.partition.store import local_graph
 from gkd_dist.shards.manifest import Manifest, ObjectEntry
-from gkd_dist.shards.quantise import unpack_float
+from gkd_dist.shards.quantise import unpack_float, unpack_rows
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.storage import Storage
 
 KIND = "knowledge"
+OFFSET, SCALE = ".offset", ".scale"
 Score = tuple[int, str]  # (teacher layer from 1, metric)
 
 
@@ -69,7 +70,7 @@ class KnowledgeStore(NamedTuple):
         entry = self.manifest.parts[index]
         infos = entry.meta["floats"]
         tensors = read_shard(self.storage, entry, self._names(entry, wants))
-        floats = {name: unpack_float(tensor, infos[name]) for name, tensor in tensors.items()}
+        floats = {name: _unpack(name, tensors, infos[name], graph_part) for name in infos.keys() & tensors.keys()}
         scores: dict[Score, Tensor] = {}
         inner: LocalGraph | None = None
         for layer, metric in wants.sorted_scores():
@@ -89,7 +90,7 @@ class KnowledgeStore(NamedTuple):
             score, embeddings = score_name(layer, metric), embedding_name(layer)
             if not stored & {score, embeddings}:
                 self._missing(f"neither {score} nor {embeddings}", stored)
-            names.add(score if score in stored else embeddings)
+            names |= {score, *(stored & {score + OFFSET, score + SCALE})} if score in stored else {embeddings}
         if not names <= stored:
             self._missing("no logits", stored)
         return sorted(names)
@@ -99,6 +100,16 @@ class KnowledgeStore(NamedTuple):
             f"knowledge in {self.storage.url} has {what} (it has {', '.join(sorted(stored))}); "
             "run `gkd infer` with the losses of this run"
         )
+
+
+def _unpack(
+    name: str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], graph_part: Mapping[str, Tensor]
+) -> Tensor:
+    """Float32 values of one stored tensor; bytes have the offset and scale of each target beside them."""
+    if not info.get("affine"):
+        return unpack_float(tensors[name], info)
+    offset = tensors[name + OFFSET]
+    return unpack_rows(tensors[name], offset, tensors[name + SCALE], graph_part["indptr"][: offset.numel() + 1])
 
 
 def score_name(layer: int, metric: str) -> str:

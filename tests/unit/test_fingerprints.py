@@ -69,6 +69,7 @@ DISTILLED = {"distilled", "evaluation"}
         ("teacher.train.lr=0.5", TAUGHT),
         ("teacher.train.units_per_step=2", TAUGHT),
         ("infer.dtype=bf16", {"knowledge", "distilled", "evaluation"}),
+        ("infer.scores_dtype=uint8", {"knowledge", "distilled", "evaluation"}),
         ("student.model.hidden=5", STUDENTS),
         ("student.model.dropout=0.1", STUDENTS),
         ("distill.lr=0.5", STUDENTS),
@@ -95,6 +96,7 @@ def test_what_a_setting_changes(override: str, expected: set[str]) -> None:
         "infer.num_actors=7",
         "infer.window=5",
         "infer.threads=2",
+        "infer.max_kl=0.5",  # refuses what is stored, and stores nothing else
         "student.alone=false",
         "distill.num_workers=8",
         "distill.zero_stage=3",

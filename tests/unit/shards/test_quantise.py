@@ -1,4 +1,4 @@
-"""Packed floats: hand-computed scales, measured bounds, extremes."""
+"""Packed floats and bytes: hand-computed scales, measured bounds, extremes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkd_dist.errors import ShardError
-from gkd_dist.shards.quantise import DTYPES, pack_float, unpack_float
+from gkd_dist.shards.quantise import DTYPES, pack_float, pack_rows, unpack_float, unpack_rows
 
 F32_MAX = torch.finfo(torch.float32).max
 
@@ -112,3 +112,76 @@ def test_wrong_input_is_named() -> None:
     for scale in (0.0, -2.0, 3.0, math.inf, math.nan, "2", None):
         with pytest.raises(ShardError, match="expected a power of two"):
             unpack_float(torch.ones(1), {"scale": scale})
+
+
+# --- one byte per value --------------------------------------------------------------------------
+
+
+def rows(*values: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values float32 [m], row starts) of lists per row."""
+    starts = torch.tensor([0, *(len(row) for row in values)]).cumsum(0)
+    return torch.tensor([value for row in values for value in row], dtype=torch.float32), starts
+
+
+def test_a_row_in_bytes_by_hand() -> None:
+    exact, starts = rows([], [10.0, 265.0, 137.4], [7.25], [-3.0, -3.0], [])
+    codes, offset, scale, info = pack_rows(exact, starts)
+    assert codes.tolist() == [0, 255, 127, 0, 0, 0]
+    assert offset.tolist() == [0.0, 10.0, 7.25, -3.0, 0.0]
+    assert scale.tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+    back = unpack_rows(codes, offset, scale, starts)
+    assert back.tolist() == [10.0, 265.0, 137.0, 7.25, -3.0, -3.0]
+    assert info == {"affine": True, "bound": pytest.approx(0.4, abs=1e-5)}
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(min_size=4, max_size=96), st.lists(st.integers(0, 6), max_size=6), st.booleans())
+def test_bytes_stay_finite_and_within_the_bound_at_any_range(data: bytes, counts: list[int], close: bool) -> None:
+    """Any bit patterns: ranges from subnormal ones to twice the largest float32."""
+    exact = torch.frombuffer(bytearray(data[: len(data) // 4 * 4]), dtype=torch.float32).nan_to_num(1.0, 2.0, 3.0)
+    exact = 1 + exact.sign() * 2**-20 if close else exact
+    bounds = torch.tensor([0, *counts, exact.numel()]).cumsum(0).clamp_max(exact.numel())
+    codes, offset, scale, info = pack_rows(exact, bounds)
+    back = unpack_rows(codes, offset, scale, bounds)
+    assert back.isfinite().all()
+    assert scale.isfinite().all()
+    error = (back.double() - exact.double()).abs()
+    assert float(error.max()) == info["bound"]
+    again = pack_rows(exact.clone(), bounds)
+    assert all(torch.equal(a, b) for a, b in zip((codes, offset, scale), again[:3], strict=True))
+    lengths = bounds.diff().tolist()
+    for row, found, off in zip(exact.split(lengths), back.split(lengths), error.split(lengths), strict=True):
+        if row.numel() and bool((row == row[0]).all()):
+            assert torch.equal(found, row)
+        elif row.numel():  # half a step, and the rounding of the result
+            step = float(row.double().max() - row.double().min()) / 255
+            assert float(off.max()) <= step * (0.5 + 2**-20) + float(row.abs().max()) * 2**-23 + 2**-149
+
+
+@pytest.mark.parametrize(
+    "row",
+    [[-F32_MAX, F32_MAX, 0.0], [0.0, 2.0**-149, 2.0**-148], [1.0, 1.0 + 2.0**-23], [2.0**-126, 2.0**-149], [-0.0, 0.0]],
+    ids=["twice the largest", "subnormal", "neighbouring floats", "into subnormal", "two zeros"],
+)
+def test_extreme_rows_in_bytes(row: list[float]) -> None:
+    exact, starts = rows(row)
+    codes, offset, scale, info = pack_rows(exact, starts)
+    back = unpack_rows(codes, offset, scale, starts)
+    assert back.isfinite().all()
+    assert info["bound"] <= (max(row) - min(row)) / 255 + 2**-149
+    assert back.max() <= F32_MAX
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bytes_hold_finite_values_alone(bad: float) -> None:
+    with pytest.raises(ShardError, match="finite float32"):
+        pack_rows(*rows([1.0, bad]))
+    with pytest.raises(ShardError, match="float64"):
+        pack_rows(torch.ones(1, dtype=torch.float64), torch.tensor([0, 1]))
+
+
+def test_bytes_of_another_graph_are_refused() -> None:
+    codes, offset, scale, _ = pack_rows(*rows([1.0, 2.0], [3.0]))
+    for starts in ([0, 2, 4], [0, 3], [0, 1, 2, 3]):
+        with pytest.raises(ShardError, match="expected those of"):
+            unpack_rows(codes, offset, scale, torch.tensor(starts))
