@@ -48,12 +48,22 @@ class Config(Section):
                 f"distill.launcher inline is for CPUs (got distill.gpus_per_worker {self.distill.gpus_per_worker}); "
                 "set distill.gpus_per_worker=0 or distill.launcher=ray"
             )
-        if self.run.startswith("memory:") and (self.infer.num_actors > 0 or self.distill.launcher != "inline"):
+        if (what := self._in_memory()) and (self.infer.num_actors > 0 or self.distill.launcher != "inline"):
             raise ValueError(
-                "a memory: run lives in one process; set infer.num_actors=0, distill.launcher=inline "
+                f"a memory: {what} lives in one process; set infer.num_actors=0, distill.launcher=inline "
                 "and distill.num_workers=1, or use a file or object store URL"
             )
         return self
+
+    def _in_memory(self) -> str | None:
+        """What has a ``memory:`` URL, which other processes cannot see."""
+        urls = {
+            "run": self.run,
+            "graph store (stores.graph)": self.stores.graph,
+            "knowledge store (stores.knowledge)": self.stores.knowledge,
+            "checkpoint (teacher.checkpoint)": self.teacher.checkpoint,
+        }
+        return next((what for what, url in urls.items() if url and url.lower().startswith("memory:")), None)
 
     def knowledge_layers(self) -> dict[int, set[str]]:
         """Teacher layers (positive numbers) that LSP terms read, with the metrics they need."""

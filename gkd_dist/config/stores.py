@@ -24,6 +24,10 @@ class StorageConfig(Section):
     )
     retries: NonNegative = Field(4, description="attempts after the first one, with growing pauses and jitter")
     timeout_s: PositiveFloat = Field(30.0, description="seconds until one request counts as failed")
+    upload_part_bytes: Annotated[int, Field(ge=5 << 20), NotBool] = Field(
+        16 << 20, description="objects above this go to an object store in parts of it; at least 5 MiB"
+    )
+    uploads_at_once: Positive = Field(4, description="parts of one object on their way at a time, each held in memory")
 
 
 class RayConfig(Section):

@@ -1,13 +1,16 @@
 """Reads shards: nothing is returned before its crc32 was checked against the manifest.
 
-A whole object is one buffer that all its tensors share: keep what is needed, or clone it. Named
-tensors are fetched by byte range; ranges that touch or nearly touch become one request.
+What does not fit the manifest is read once more before it becomes an error: bytes are lost and
+flipped on their way, too. A whole object is one buffer that all its tensors share: keep what is
+needed, or clone it. Named tensors are fetched by byte range; ranges that touch or nearly touch become
+one request.
 """
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from gkd_dist.shards.codec import Span, dtype_from_name, read_spans, take
 from gkd_dist.shards.manifest import ObjectEntry, TensorEntry
 from gkd_dist.storage import Storage
 
+_log = logging.getLogger(__name__)
 _LARGEST_GAP = 64 << 10  # bytes worth reading and dropping instead of asking a store once more
 _ACTION = "run `gkd verify` to see what else is damaged, then the stage that writes it again"
 
@@ -48,9 +52,13 @@ def merge_ranges(entries: Sequence[TensorEntry], largest_gap: int = _LARGEST_GAP
 def read_object(storage: Storage, entry: ObjectEntry) -> memoryview:
     """Bytes of an object, writable, with size and crc32 as in the manifest; else ShardError."""
     buffer = bytearray(entry.num_bytes + 1)  # one more, to notice a longer object without asking its size
-    _check_size(storage, entry, _fill(storage, entry, buffer, 0), longer_is_wrong=True)
     view = memoryview(buffer)[: entry.num_bytes]
-    _check_crc(storage, entry, "", zlib.crc32(view), entry.crc32)
+
+    def read() -> None:
+        _check_size(storage, entry, _fill(storage, entry, buffer, 0), longer_is_wrong=True)
+        _check_crc(storage, entry, "", zlib.crc32(view), entry.crc32)
+
+    _read_twice(read)
     return view
 
 
@@ -68,12 +76,34 @@ def _read_whole(storage: Storage, entry: ObjectEntry) -> dict[str, Tensor]:
 def _read_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry]) -> dict[str, Tensor]:
     origin, stop = group[0].start, max(tensor.stop for tensor in group)
     buffer = bytearray(stop - origin)
-    _check_size(storage, entry, origin + _fill(storage, entry, buffer, origin), needed=stop)
     view = memoryview(buffer)
-    for tensor in group:
-        crc = zlib.crc32(view[tensor.start - origin : tensor.stop - origin])
-        _check_crc(storage, entry, f"tensor {tensor.name} of ", crc, tensor.crc32)
+
+    def read() -> None:
+        _check_size(storage, entry, origin + _fill(storage, entry, buffer, origin), needed=stop)
+        for tensor in group:
+            crc = zlib.crc32(view[tensor.start - origin : tensor.stop - origin])
+            _check_crc(storage, entry, f"tensor {tensor.name} of ", crc, tensor.crc32)
+
+    _read_twice(read)
     return {tensor.name: take(view, _span(tensor), origin) for tensor in group}
+
+
+class _Damaged(Exception):
+    """What was read is not what the manifest describes."""
+
+
+def _read_twice(read: Callable[[], None]) -> None:
+    """``read``, and once more where it raises `_Damaged`; ShardError where it does again."""
+    try:
+        read()
+    except _Damaged as error:
+        _log.warning("%s: reading it once more", error)
+    else:
+        return
+    try:
+        read()
+    except _Damaged as error:
+        raise ShardError(f"{error}, in two reads; {_ACTION}") from error
 
 
 def _fill(storage: Storage, entry: ObjectEntry, buffer: bytearray, start: int) -> int:
@@ -88,20 +118,14 @@ def _check_size(
 ) -> None:
     expected = entry.num_bytes if needed is None else needed
     if got < expected:
-        raise ShardError(
-            f"{storage.describe(entry.key)} is truncated: got {got} bytes, expected {entry.num_bytes}; {_ACTION}"
-        )
+        raise _Damaged(f"{storage.describe(entry.key)} is truncated: got {got} bytes, expected {entry.num_bytes}")
     if longer_is_wrong and got > expected:
-        raise ShardError(
-            f"{storage.describe(entry.key)} was altered: longer than the expected {entry.num_bytes} bytes; {_ACTION}"
-        )
+        raise _Damaged(f"{storage.describe(entry.key)} was altered: longer than the expected {entry.num_bytes} bytes")
 
 
 def _check_crc(storage: Storage, entry: ObjectEntry, what: str, got: int, expected: int) -> None:
     if got != expected:
-        raise ShardError(
-            f"{what}{storage.describe(entry.key)} was altered: got crc32 {got:08x}, expected {expected:08x}; {_ACTION}"
-        )
+        raise _Damaged(f"{what}{storage.describe(entry.key)} was altered: got crc32 {got:08x}, expected {expected:08x}")
 
 
 def _pick(storage: Storage, entry: ObjectEntry, names: Sequence[str]) -> list[TensorEntry]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gkd_dist.errors import GkdError, ObjectNotFoundError, StorageError
+from gkd_dist.storage.clients import credentials
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -45,13 +46,17 @@ _RETRYABLE_CLASSES = frozenset(
     {
         "aiohttp.ClientConnectionError",
         "aiohttp.ClientPayloadError",
+        "azure.IncompleteReadError",
         "azure.ServiceRequestError",
         "azure.ServiceResponseError",
         "botocore.ConnectionError",
+        "botocore.FlexibleChecksumError",
         "botocore.HTTPClientError",
         "botocore.IncompleteReadError",
         "botocore.ResponseParserError",
         "fsspec.FSTimeoutError",
+        "gcsfs.ChecksumError",
+        "google.TransportError",
         "requests.ConnectionError",
         "requests.Timeout",
         "urllib3.IncompleteRead",
@@ -65,11 +70,31 @@ _CREDENTIAL_CLASSES = frozenset(
         "botocore.NoCredentialsError",
         "botocore.PartialCredentialsError",
         "google.DefaultCredentialsError",
+        "google.RefreshError",
     }
 )
+# what S3 and Azure say with a status that elsewhere is final: a body that was damaged on its way, an overload
+_RETRYABLE_CODES = frozenset(
+    {
+        "BadDigest",
+        "IncompleteBody",
+        "Md5Mismatch",
+        "OperationTimedOut",
+        "RequestTimeout",
+        "ServerBusy",
+        "SlowDown",
+        "Throttling",
+        "XAmzContentChecksumMismatch",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+_FULL_CODES = frozenset({"InsufficientStorage", "QuotaExceeded", "StorageFull", "XMinioStorageFull"})
+_FULL_STATUS = 507
+_GO_ON = "free space and run the same command again, which goes on from what is stored"
 _LOCAL_ACTIONS = {
-    errno.ENOSPC: ("the disk is full", "free space or use another folder"),
-    errno.EDQUOT: ("the disk quota is used up", "free space or use another folder"),
+    errno.ENOSPC: ("the disk is full", _GO_ON),
+    errno.EDQUOT: ("the disk quota is used up", _GO_ON),
+    errno.EFBIG: ("the file is larger than is allowed", "raise the limit (ulimit -f) or use another folder"),
     errno.EROFS: ("the file system is read-only", "use a folder on a writable one"),
     errno.EACCES: ("permission denied", "change the permissions of the folder or use another one"),
     errno.EPERM: ("operation not permitted", "change the permissions of the folder or use another one"),
@@ -78,6 +103,10 @@ _LOCAL_ACTIONS = {
     errno.EISDIR: ("a folder stands where a file is needed", "remove that folder or use another one"),
     errno.EEXIST: ("a file stands where a folder is needed", "remove that file or use another folder"),
 }
+
+
+class UploadLostError(Exception):
+    """The store does not know an upload any more: finished by a request whose answer was lost, or thrown away."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +129,7 @@ def attempt(action: Callable[[], T], doing: str, url: str, patience: Patience) -
     for number in range(patience.retries + 1):
         try:
             return action()
-        except GkdError:
+        except (GkdError, UploadLostError):
             raise
         except Exception as error:
             if not is_retryable(error) or number == patience.retries:
@@ -118,12 +147,14 @@ def pause_s(number: int, jitter: float) -> float:
 
 def is_retryable(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment."""
-    if is_not_found(error) or isinstance(error, PermissionError):
+    if is_not_found(error) or is_denied(error) or is_full(error):
         return False
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
     for link in _causes(error):
         if _class_names(link) & _RETRYABLE_CLASSES or http_status(link) in _RETRYABLE_STATUS:
+            return True
+        if service_code(link) in _RETRYABLE_CODES:
             return True
     return isinstance(error, OSError) and error.errno in _RETRYABLE_ERRNO
 
@@ -135,7 +166,21 @@ def is_not_found(error: BaseException) -> bool:
 
 def is_missing_bucket(error: BaseException) -> bool:
     """Whether it is the bucket (or container) that does not exist."""
-    return any(_service_code(link) in ("NoSuchBucket", "ContainerNotFound") for link in _causes(error))
+    return any(service_code(link) in ("NoSuchBucket", "ContainerNotFound") for link in _causes(error))
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the store refuses these credentials, or refuses to serve without any."""
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and str(error).startswith("Forbidden")):
+        return True  # the second is how Google's client says it
+    return any(http_status(link) in (401, 403) for link in _causes(error))
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the store has no room left, or the quota is used up."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(http_status(link) == _FULL_STATUS or service_code(link) in _FULL_CODES for link in _causes(error))
 
 
 def http_status(error: BaseException) -> int | None:
@@ -155,11 +200,13 @@ def http_status(error: BaseException) -> int | None:
 
 def translate(error: BaseException, doing: str, url: str, attempts: int = 1) -> StorageError:
     """The error of `gkd_dist.errors` that says the same, with what to do next."""
-    if is_missing_bucket(error):
+    # Google's client tells of a missing bucket and of a missing object in one way, but an object need not be there
+    # to be written
+    if is_missing_bucket(error) or (doing == "write" and is_not_found(error) and not url.startswith("file:")):
         return StorageError(f"cannot {doing} {url}: the bucket does not exist; create it or change the URL")
     if is_not_found(error):
         return ObjectNotFoundError(f"cannot {doing} {url}: there is no such object; check the URL and the key")
-    why, action = _explain(error)
+    why, action = _explain(error, url.partition(":")[0])
     tries = f" after {attempts} attempts" if attempts > 1 else ""
     return StorageError(f"cannot {doing} {url}{tries}: {why}; {action}")
 
@@ -178,15 +225,17 @@ def is_timeout(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or "timeout" in type(error).__name__.lower()
 
 
-def _explain(error: BaseException) -> tuple[str, str]:
+def _explain(error: BaseException, protocol: str) -> tuple[str, str]:
     """Why it failed and the next action."""
     number = error.errno if isinstance(error, OSError) else None
     if any(_class_names(link) & _CREDENTIAL_CLASSES for link in _causes(error)):
-        return reason(error), "set the credentials in the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if isinstance(error, PermissionError) and number is None:
-        return f"access denied ({reason(error)})", "check the credentials in the environment and the bucket's policy"
-    if number in _LOCAL_ACTIONS:
+        return reason(error), f"set {credentials(protocol)}"
+    if number in _LOCAL_ACTIONS and protocol in ("", "file"):
         return _LOCAL_ACTIONS[number]
+    if is_full(error):
+        return f"the store is full or its quota is used up ({reason(error)})", _GO_ON
+    if is_denied(error):
+        return f"access denied ({reason(error)})", f"check {credentials(protocol)} and the bucket's policy"
     if is_timeout(error):
         return (
             f"the store did not answer in time ({reason(error)})",
@@ -214,9 +263,10 @@ def _class_names(error: BaseException) -> set[str]:
     return {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(error).__mro__}
 
 
-def _service_code(error: BaseException) -> str | None:
+def service_code(error: BaseException) -> str | None:
+    """What S3 or Azure call the error, e.g. ``SlowDown``."""
     response = getattr(error, "response", None)
     if isinstance(response, dict) and isinstance(response.get("Error"), dict):
         return response["Error"].get("Code")
     code = getattr(error, "error_code", None)
-    return str(code) if code is not None else None
+    return str(getattr(code, "value", code)) if code is not None else None

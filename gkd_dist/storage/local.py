@@ -56,6 +56,9 @@ class LocalBackend:
             raise
         _flush_folder(folder)
 
+    def begin_upload(self, path: str, num_bytes: int, part_bytes: int) -> None:
+        """None: a file is written in one go."""
+
     def size(self, path: str) -> int:
         """Bytes of the file."""
         if not os.path.isfile(path):

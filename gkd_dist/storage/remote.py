@@ -1,7 +1,7 @@
 """Objects behind `fsspec`: S3, Google Cloud Storage, Azure, memory and whatever else is installed.
 
-The one file that imports `fsspec`. Its own caches and retries are switched off: listings would be
-stale, and retries inside retries make a wait unbounded. Ranges are always passed by keyword as
+The one file that imports `fsspec`. Its own caches and retries are switched off (`clients`): listings
+would be stale, and retries inside retries make a wait unbounded. Ranges are always passed by keyword as
 ``start=`` and ``end=``, because the position of these arguments differs between implementations.
 """
 
@@ -16,15 +16,17 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 
 from gkd_dist.errors import ConfigError
+from gkd_dist.storage import clients
 from gkd_dist.storage.errors import http_status, is_not_found, is_retryable
+from gkd_dist.storage.uploads import UPLOADS, Upload
 
 _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AT_ONCE = 4
+_PATTERN = frozenset("*?[]")  # `rm` of many takes them for a pattern
 _SLOWEST_BYTES_PER_S = 1 << 20  # a request may take timeout_s and one second more per MiB
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
-_ATOMIC = {*_EXTRAS, "memory", "oss"}  # a reader sees a whole object or none
+_ATOMIC = {*clients.FAMILIES, "memory", "oss"}  # a reader sees a whole object or none
 
 
 class RemoteBackend:
@@ -34,7 +36,7 @@ class RemoteBackend:
 
     def __init__(self, protocol: str, options: dict[str, Any], timeout_s: float) -> None:
         self.protocol = protocol
-        self._options = _filesystem_options(protocol, options, timeout_s)
+        self._options = clients.options(protocol, options, timeout_s)
         self._timeout_s = timeout_s
         self._opened: tuple[int, fsspec.AbstractFileSystem] | None = None
 
@@ -83,6 +85,11 @@ class RemoteBackend:
             self.fs.makedirs(self.fs._parent(path), exist_ok=True)
         self._call("pipe_file", len(payload), path, payload)
 
+    def begin_upload(self, path: str, num_bytes: int, part_bytes: int) -> Upload | None:
+        """An upload in parts; None where the store takes an object in one request."""
+        kind = UPLOADS.get(clients.FAMILIES.get(self.protocol, ""))
+        return kind(self.fs, self._run, path, num_bytes, part_bytes) if kind else None
+
     def size(self, path: str) -> int:
         """Bytes of the object."""
         info = self._call("info", 0, path)
@@ -102,9 +109,10 @@ class RemoteBackend:
 
     def delete(self, paths: list[str]) -> None:
         """Removes objects; those that are not there are no error."""
-        if len(paths) > 1 and hasattr(self.fs, "_bulk_delete"):
-            self._call("rm", len(paths) << 10, paths)
-            return
+        plain = [path for path in paths if not _PATTERN & set(path)]
+        if len(plain) > 1 and hasattr(self.fs, "_bulk_delete"):
+            self._call("rm", len(plain) << 10, plain)
+            paths = [path for path in paths if _PATTERN & set(path)]
         for path in paths:
             try:
                 self._call("rm_file", 0, path)
@@ -147,9 +155,13 @@ class RemoteBackend:
         """Calls a method of the file system, bounded in time where it is asynchronous inside."""
         coroutine: Callable[..., Any] | None = getattr(self.fs, f"_{method}", None)
         if isinstance(self.fs, AsyncFileSystem) and coroutine is not None:
-            limit = self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S
-            return sync(self.fs.loop, coroutine, *args, timeout=limit, **kwargs)
+            return self._run(coroutine, num_bytes, *args, **kwargs)
         return getattr(self.fs, method)(*args, **kwargs)
+
+    def _run(self, coroutine: Callable[..., Any], num_bytes: int, *args: Any, **kwargs: Any) -> Any:
+        """Result of a coroutine function on the loop of the file system, cancelled when it takes too long."""
+        limit = self._timeout_s + num_bytes / _SLOWEST_BYTES_PER_S
+        return sync(self.fs.loop, coroutine, *args, timeout=limit, **kwargs)
 
 
 def _place(view: memoryview, piece: bytes, offset: int) -> int:
@@ -157,29 +169,21 @@ def _place(view: memoryview, piece: bytes, offset: int) -> int:
     return offset + len(piece)
 
 
-def _filesystem_options(protocol: str, options: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Options of the `fsspec` class: ours, and the user's on top."""
-    merged = {"use_listings_cache": False, **options}
-    if protocol in ("s3", "s3a"):
-        bounds = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
-        merged["config_kwargs"] = {**bounds, **options.get("config_kwargs", {})}
-    return merged
-
-
 def _open(protocol: str, options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    family = clients.FAMILIES.get(protocol, "")
+    clients.prepare(family)
     try:
         # no shared instances: they keep the endpoint and the credentials of their first use
         fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        action = f"`pip install 'gkd_dist[{extra}]'`" if extra else "install the package named above"
+        action = f"`pip install 'gkd_dist[{family}]'`" if family else "install the package named above"
         raise ConfigError(f"cannot open {protocol}:// URLs ({error}); {action}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"cannot open {protocol}:// URLs: {error}; check the URL and storage.options.{protocol}"
+            f"cannot open {protocol}:// URLs: {error}; check the URL, storage.options.{protocol} and "
+            f"{clients.credentials(protocol)}"
         ) from error
-    if protocol in ("s3", "s3a"):
-        fs.retries = 1  # attempts inside one request; `errors.attempt` repeats requests
+    clients.without_retries(family, fs)
     if protocol not in _ATOMIC:
         _log.warning(
             "%s: a reader may see an object while it is written; an object store or a folder is safer", protocol

@@ -21,15 +21,14 @@ from urllib.parse import unquote
 
 from gkd_dist.config import StorageConfig
 from gkd_dist.errors import ConfigError, JsonError, StorageError
-from gkd_dist.storage.errors import Patience, attempt
+from gkd_dist.storage.clients import credentials, secrets_in
+from gkd_dist.storage.errors import Patience, UploadLostError, attempt, reason
 from gkd_dist.storage.local import LocalBackend
+from gkd_dist.storage.uploads import Upload, send
 
 T = TypeVar("T")
 Data = bytes | bytearray | memoryview
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_SECRET_OPTIONS = frozenset(
-    {"account_key", "client_secret", "connection_string", "key", "password", "sas_token", "secret"}
-)
 
 
 class Backend(Protocol):
@@ -40,6 +39,7 @@ class Backend(Protocol):
     def read(self, path: str, start: int, stop: int | None) -> bytes: ...
     def read_into(self, path: str, view: memoryview, start: int) -> int: ...
     def write(self, path: str, data: Data) -> None: ...
+    def begin_upload(self, path: str, num_bytes: int, part_bytes: int) -> Upload | None: ...
     def size(self, path: str) -> int: ...
     def is_file(self, path: str) -> bool: ...
     def delete(self, paths: list[str]) -> None: ...
@@ -142,7 +142,30 @@ class Storage:
         path = self._path(key)
         if path == self.root:
             raise ValueError("an object needs a key (got an empty one)")
+        view = memoryview(data).cast("B")
+        if len(view) > self.config.upload_part_bytes and self._upload(path, key, view):
+            return
         self._try("write", key, lambda: self._backend.write(path, data))
+
+    def _upload(self, path: str, key: str, view: memoryview) -> bool:
+        """Writes an object in parts; False where the store has no parts."""
+
+        def tries(request: Callable[[], T]) -> T:
+            return self._try("write", key, request)
+
+        for _ in range(2):
+            upload = tries(lambda: self._backend.begin_upload(path, len(view), self.config.upload_part_bytes))
+            if upload is None:
+                return False
+            try:
+                send(upload, view, self.config.uploads_at_once, tries)
+                return True
+            except UploadLostError as error:
+                lost = error
+        raise StorageError(
+            f"cannot write {self.describe(key)}: the store forgot the upload twice ({reason(lost)}); "
+            "check that nothing else aborts uploads to the bucket, and run again"
+        )
 
     def delete(self, key: str) -> None:
         """Removes the object; no error where there is none."""
@@ -245,11 +268,10 @@ def _make_backend(protocol: str, config: StorageConfig) -> Backend:
     if protocol == "file":
         return LocalBackend()
     options = config.options.get(protocol, {})
-    secret = sorted(_SECRET_OPTIONS & options.keys())
-    if secret:
+    if secret := secrets_in(protocol, options):
         raise ConfigError(
             f"storage.options.{protocol} holds credentials ({', '.join(secret)}), but the config is stored with "
-            "the run; put them into the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"the run; leave that to {credentials(protocol)}"
         )
     from gkd_dist.storage.remote import RemoteBackend  # only here: a local run needs no fsspec
 

@@ -151,6 +151,10 @@ class TestAcrossSections:
         with pytest.raises(ValidationError, match="memory: run lives in one process"):
             config(run="memory://a")
         one = {"launcher": "inline", "num_workers": 1}
+        for other in ({"stores": {"graph": "memory://g"}}, {"stores": {"knowledge": "Memory://k"}}):
+            with pytest.raises(ValidationError, match=r"a memory: (graph|knowledge) store \(stores\..*one process"):
+                config(**other)
+            assert config(**other, infer={"num_actors": 0}, distill=one).stores != config().stores
         assert config(run="memory://a", infer={"num_actors": 0}, distill=one).run == "memory://a"
 
     @pytest.mark.parametrize(

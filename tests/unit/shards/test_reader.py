@@ -138,6 +138,34 @@ def test_every_single_flipped_byte_is_noticed(store: Storage, entry: ObjectEntry
     read_shard(store, entry)
 
 
+@pytest.mark.parametrize("names", [None, ["x"]], ids=["whole", "named"])
+@pytest.mark.parametrize("damage", ["flipped", "short"])
+def test_what_was_damaged_on_its_way_is_read_once_more(
+    store: Storage, entry: ObjectEntry, tensors: dict[str, Tensor], names: list[str] | None, damage: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    real, reads = Storage.read_into, 0
+
+    def read_into(self: Storage, key: str, buffer: bytearray, start: int = 0) -> int:
+        nonlocal reads
+        reads += 1
+        count = real(self, key, buffer, start)
+        if reads <= num_bad:
+            buffer[3] ^= damage == "flipped"
+        return count - 2 * (reads <= num_bad and damage == "short")
+
+    monkeypatch.setattr(Storage, "read_into", read_into)
+    num_bad = 1
+    assert torch.equal(read_shard(store, entry, names)["x"], tensors["x"])
+    assert reads == 2
+    assert f"{entry.key} " in caplog.text
+    assert "reading it once more" in caplog.text
+    reads, num_bad = 0, 2
+    with pytest.raises(ShardError, match=r"(altered|truncated): .*in two reads; run `gkd verify`"):
+        read_shard(store, entry, names)
+    assert reads == 2
+
+
 def test_a_flipped_byte_is_noticed_by_the_tensor_that_has_it(store: Storage, entry: ObjectEntry) -> None:
     x = entry.tensor("x")
     assert x is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gkd_dist.errors import ConfigError, ObjectNotFoundError, StorageError
+from gkd_dist.storage import clients
 from gkd_dist.storage import errors as storage_errors
 from gkd_dist.storage.errors import Patience, attempt, is_retryable, pause_s, translate
 
@@ -43,8 +44,10 @@ def caused_by(error: Exception, cause: Exception) -> Exception:
         caused_by(OSError(errno.EIO, "unknown"), client_error("Odd", 502)),
         botocore.EndpointConnectionError(endpoint_url="http://store"),
         botocore.ReadTimeoutError(endpoint_url="http://store"),
+        botocore.FlexibleChecksumError(error_msg="flipped"),
         botocore.IncompleteReadError(actual_bytes=1, expected_bytes=2),
         AnyHttpError(429),
+        client_error("BadDigest", 400),
     ],
     ids=repr,
 )
@@ -64,6 +67,9 @@ def test_worth_another_attempt(error: Exception) -> None:
         botocore.NoCredentialsError(),
         AnyHttpError(404),
         ValueError("no"),
+        client_error("InsufficientStorage", 507),
+        client_error("QuotaExceeded", 403),
+        OSError("Forbidden: https://storage/b\nno"),
     ],
     ids=repr,
 )
@@ -81,7 +87,12 @@ def test_not_worth_another_attempt(error: Exception) -> None:
         (botocore.NoCredentialsError(), StorageError, "set the credentials in the environment"),
         (TimeoutError(), StorageError, r"did not answer in time .*storage\.timeout_s"),
         (ConnectionResetError("reset"), StorageError, r"cannot be reached or is overloaded .*storage\.retries"),
-        (OSError(errno.ENOSPC, "x"), StorageError, "the disk is full; free space"),
+        (
+            client_error("InsufficientStorage", 507),
+            StorageError,
+            r"is full .*free space and run the same command again",
+        ),
+        (client_error("QuotaExceeded", 403), StorageError, r"is full or its quota is used up .*free space"),
         (RuntimeError("odd\n thing"), StorageError, "RuntimeError: odd thing; check the store"),
     ],
 )
@@ -90,6 +101,62 @@ def test_sentences(error: Exception, cls: type[StorageError], message: str) -> N
     assert type(translated) is cls
     with pytest.raises(cls, match=message):
         raise translated
+
+
+def test_the_errors_of_the_azure_client() -> None:
+    exceptions = pytest.importorskip("azure.core.exceptions", reason="needs the extra: pip install 'gkd_dist[azure]'")
+
+    def azure(name: str, status: int | None = None, code: str | None = None) -> Exception:
+        error: Exception = getattr(exceptions, name)("from the client")
+        error.status_code, error.error_code = status, code  # type: ignore[attr-defined]
+        return error
+
+    for again in (
+        azure("HttpResponseError", 503, "ServerBusy"),
+        azure("HttpResponseError", 500, "OperationTimedOut"),
+        azure("IncompleteReadError"),
+        azure("ServiceRequestError"),
+        azure("ServiceResponseTimeoutError"),
+    ):
+        assert is_retryable(again), again
+    for final, message in (
+        (azure("HttpResponseError", 403, "AuthorizationFailure"), "access denied .*check the cred.*AZURE_STORAGE_CONN"),
+        (azure("ClientAuthenticationError", 401), r"set the credentials .*AZURE_STORAGE_CONN"),
+        (azure("ResourceNotFoundError", 404, "ContainerNotFound"), "the bucket does not exist"),
+        (azure("HttpResponseError", 507, "InsufficientStorage"), "the store is full"),
+    ):
+        assert not is_retryable(final), final
+        with pytest.raises(StorageError, match=message):
+            raise translate(final, "read", "abfs://b/k")
+
+
+def test_the_errors_of_the_google_client() -> None:
+    clients.prepare("gcs")
+    pytest.importorskip("gcsfs", reason="needs the extra: pip install 'gkd_dist[gcs]'")
+    from gcsfs.retry import ChecksumError, HttpError, validate_response
+    from google.auth.exceptions import DefaultCredentialsError, RefreshError, TransportError
+
+    def answered(status: int, body: bytes = b"") -> Exception:
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - which one it is, is the question
+            validate_response(status, body, "b/bucket/o/key")
+        return caught.value
+
+    busy = b'{"error": {"code": 503, "message": "backendError"}}'
+    for again in (answered(503, busy), answered(429), answered(502), HttpError({"code": 408}), ChecksumError(),
+                  TransportError("reset")):  # fmt: skip
+        assert is_retryable(again), again
+    for final, message in (
+        (answered(403, b'{"error": {"message": "no"}}'), "access denied .*check the cred.*GOOGLE_APP"),
+        (answered(401, b'{"error": {"message": "Invalid Credentials"}}'), "access denied .*check the cred.*GOOGLE"),
+        (answered(404), "there is no such object"),
+        (DefaultCredentialsError("none found"), "none found; set the cred.*GOOGLE_APP"),
+        (RefreshError("expired"), "expired; set the cred.*GOOGLE_APP"),
+    ):
+        assert not is_retryable(final), final
+        with pytest.raises(StorageError, match=message):
+            raise translate(final, "read", "gs://b/k")
+    with pytest.raises(StorageError, match="the bucket does not exist"):
+        raise translate(answered(404), "write", "gs://b/k")
 
 
 def test_pauses_double_up_to_a_limit_and_are_jittered() -> None:
