@@ -13,6 +13,8 @@ from gkd_dist.config import Config, LabelLoss, TrainConfig
 from gkd_dist.config_file import config_fingerprint
 
 FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 1, "evaluation": 1}
+_UNSET = object()
+_LATER: dict[str, Any] = {"edge_attr": "auto"}  # settings of ``graph`` added after format 1, with their defaults
 _TRAINING = (
     "epochs",
     "lr",
@@ -32,7 +34,13 @@ _TRAINING = (
 def graph_fingerprint(config: Config) -> str:
     """Of the graph store; ``halo_hops: auto`` and the number it stands for are the same."""
     partition = config.partition.model_dump(mode="json", exclude={"halo_hops"})
-    return _of("graph", config.graph, partition, config.halo_hops(), config.seed)
+    return _of("graph", _graph(config), partition, config.halo_hops(), config.seed)
+
+
+def _graph(config: Config) -> dict[str, Any]:
+    """The section without settings that came later and are at their default: stores of before stay."""
+    section = config.graph.model_dump(mode="json")
+    return {key: value for key, value in section.items() if _LATER.get(key, _UNSET) != value}
 
 
 def trained_teacher_fingerprint(config: Config) -> str:

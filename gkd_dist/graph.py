@@ -1,8 +1,8 @@
 """The graph, a local piece of it, and one training batch: fields, shapes and their invariants.
 
 Shapes: ``N`` nodes and ``E`` edges of the whole graph; ``n`` nodes and ``m`` edges of a local graph;
-``f`` features; ``c`` classes (or binary labels). Row 0 of ``edge_index`` is the source, row 1 the
-target.
+``f`` features of a node, ``a`` of an edge; ``c`` classes (or binary labels). Row 0 of ``edge_index``
+is the source, row 1 the target.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Graph:
 
     ``x`` float32 [N, f]; ``edge_index`` int64 [2, E]; ``y`` int64 [N] with -1 for unlabelled
     nodes (multiclass) or float32 [N, c] with NaN rows for unlabelled nodes (multilabel); masks
-    bool [N]; ``edge_weight`` float32 [E] or None.
+    bool [N]; ``edge_weight`` float32 [E] or None; ``edge_attr`` float32 [E, a] or None.
     """
 
     x: Tensor
@@ -40,6 +40,7 @@ class Graph:
     task: Task = "multiclass"
     edge_weight: Tensor | None = None
     name: str = "graph"
+    edge_attr: Tensor | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -55,6 +56,11 @@ class Graph:
     def num_features(self) -> int:
         """f."""
         return self.x.size(1)
+
+    @property
+    def num_edge_features(self) -> int:
+        """a, 0 without attributes."""
+        return 0 if self.edge_attr is None else self.edge_attr.size(1)
 
 
 @dataclass(frozen=True)

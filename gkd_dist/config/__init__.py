@@ -21,6 +21,7 @@ from gkd_dist.config.base import (
 )
 from gkd_dist.config.graph import (
     ArraysSource,
+    EdgeAttr,
     GraphConfig,
     PartitionConfig,
     PerClassSplit,
@@ -52,6 +53,7 @@ __all__ = [
     "ArraysSource",
     "Config",
     "DistillConfig",
+    "EdgeAttr",
     "Fraction",
     "GraphConfig",
     "InferConfig",

@@ -89,6 +89,9 @@ class RandomSplit(Section):
 Split = Annotated[PerClassSplit | RandomSplit, Field(discriminator="kind")]
 
 
+EdgeAttr = Literal["auto", "keep", "drop"]
+
+
 class GraphConfig(Section):
     """Where the graph comes from."""
 
@@ -98,6 +101,10 @@ class GraphConfig(Section):
     normalize_features: bool = Field(False, description="scale each feature row to sum 1")
     undirected: bool = Field(False, description="add the reverse of every edge")
     keep_multi: bool = Field(False, description="keep duplicate edges instead of coalescing them")
+    edge_attr: EdgeAttr = Field(
+        "auto",
+        description="edge attributes; auto: one number per edge of a pyg source is its weight, all else is kept",
+    )
 
 
 class PartitionConfig(Section):

@@ -8,6 +8,7 @@
                             y.npy           [N]      classes, -1 unlabelled; or [N, c] binary labels
                             train_mask.npy  [N] or [N, k]   likewise val_mask, test_mask; optional
                             edge_weight.npy [E]      optional
+                            edge_attr.npy   [E] or [E, a]   optional
 
 Arrays are read with ``allow_pickle=False``: no code comes from data.
 """
@@ -35,7 +36,7 @@ from gkd_dist.storage import Storage
 _log = logging.getLogger(__name__)
 
 REQUIRED = ("x", "edge_index", "y")
-OPTIONAL = ("train_mask", "val_mask", "test_mask", "edge_weight")
+OPTIONAL = ("train_mask", "val_mask", "test_mask", "edge_weight", "edge_attr")
 KEYS = REQUIRED + OPTIONAL
 
 Array = NDArray[Any]
@@ -61,6 +62,7 @@ def read_arrays(url: str, storage: StorageConfig | None = None) -> RawGraph:
         y=tensors["y"],
         masks=masks,
         edge_weight=tensors.get("edge_weight"),
+        edge_attr=tensors.get("edge_attr"),
     )
 
 
@@ -68,7 +70,7 @@ def save_arrays(path: str, data: Any, storage: StorageConfig | None = None) -> N
     """Writes a homogeneous PyG ``Data`` (or a `Graph`) in the form that `read_arrays` reads.
 
     ``path`` is any fsspec URL: ``.npz`` makes one file, anything else a folder of ``.npy`` files. Of
-    ``data`` the attributes x, edge_index and y are needed; masks and edge_weight go with them.
+    ``data`` the attributes x, edge_index and y are needed; masks, edge_weight and edge_attr go with them.
     Raises `GraphError` where one that is needed is not there.
     """
     path = str(path)

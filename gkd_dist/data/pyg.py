@@ -26,7 +26,7 @@ import torch
 from torch_geometric import datasets
 from torch_geometric.data import Dataset
 
-from gkd_dist.config import PygSource
+from gkd_dist.config import EdgeAttr, PygSource
 from gkd_dist.data.pyg_graph import homogeneous, join
 from gkd_dist.data.raw import RawGraph
 from gkd_dist.errors import ConfigError, DataError, GkdError, GraphError
@@ -37,24 +37,27 @@ _STALL_S = 30.0  # a download that delivers nothing for so long has failed
 _NOT_FROM_CONFIG = ("transform", "pre_transform", "pre_filter")
 
 
-def read_pyg(source: PygSource, seed: int, root: Path) -> RawGraph:
+def read_pyg(source: PygSource, seed: int, root: Path, attributes: EdgeAttr = "auto") -> RawGraph:
     """The data set ``source`` names; graphs of a set of several become one disconnected graph.
 
     A class that takes ``split`` (train by default) and was given none is loaded three times, and each
-    split becomes a mask. Raises `ConfigError` for an unknown class or wrong arguments, `DataError`
-    where the data cannot be had, `GraphError` where they are no homogeneous graph.
+    split becomes a mask. ``attributes``: what becomes of ``edge_attr``. Raises `ConfigError` for an
+    unknown class or wrong arguments, `DataError` where the data cannot be had, `GraphError` where they
+    are no homogeneous graph.
     """
     title = " ".join([source.name, *(str(source.args[key]) for key in ("name", "dataset") if key in source.args)])
-    return read_class(find_class(source.name), source.args, title, seed, root)
+    return read_class(find_class(source.name), source.args, title, seed, root, attributes)
 
 
-def read_class(cls: Any, args: dict[str, Any], title: str, seed: int, root: Path) -> RawGraph:
+def read_class(
+    cls: Any, args: dict[str, Any], title: str, seed: int, root: Path, attributes: EdgeAttr = "auto"
+) -> RawGraph:
     """`read_pyg` for a class that is known already; ``title`` is what messages call its graph."""
     _check_args(cls, args)
     pieces: list[tuple[str | None, RawGraph]] = []
     for split, variant in split_variants(cls, args):
         dataset = _construct(cls, variant, seed, root)
-        pieces += [(split, homogeneous(data, title)) for data in dataset]
+        pieces += [(split, homogeneous(data, title, attributes)) for data in dataset]
     return join(pieces, title)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd_dist.config import EdgeAttr
 from gkd_dist.data.raw import RawGraph
 from gkd_dist.errors import GraphError
 from gkd_dist.graph import SPLITS
@@ -20,8 +21,11 @@ from gkd_dist.graph import SPLITS
 _log = logging.getLogger(__name__)
 
 
-def homogeneous(data: Any, name: str) -> RawGraph:
-    """One graph of a data set; raises `GraphError` where it is no homogeneous graph with node labels."""
+def homogeneous(data: Any, name: str, attributes: EdgeAttr = "auto") -> RawGraph:
+    """One graph of a data set; raises `GraphError` where it is no homogeneous graph with node labels.
+
+    ``attributes`` says what becomes of ``edge_attr``, like ``graph.edge_attr`` of a config.
+    """
     if hasattr(data, "node_types"):
         types = ", ".join(str(node_type) for node_type in data.node_types)
         raise GraphError(
@@ -36,7 +40,7 @@ def homogeneous(data: Any, name: str) -> RawGraph:
             "edges; choose a node classification data set"
         )
     masks = {split: mask for split in SPLITS if isinstance(mask := getattr(data, f"{split}_mask", None), Tensor)}
-    return RawGraph(name, x, edge_index, y, masks, _weights(data, edge_index.size(-1), name))
+    return RawGraph(name, x, edge_index, y, masks, *_edge_data(data, edge_index.size(-1), name, attributes))
 
 
 def _tensor(data: Any, key: str, name: str) -> Tensor:
@@ -50,19 +54,28 @@ def _tensor(data: Any, key: str, name: str) -> Tensor:
     return value if value.layout == torch.strided else value.to_dense()
 
 
-def _weights(data: Any, num_edges: int, name: str) -> Tensor | None:
-    """``edge_weight`` [E], or ``edge_attr`` where it is one number per edge."""
-    weight = getattr(data, "edge_weight", None)
-    if isinstance(weight, Tensor):
-        return weight.reshape(-1) if weight.numel() == num_edges else weight
-    attributes = getattr(data, "edge_attr", None)
-    if not isinstance(attributes, Tensor):
-        return None
-    if attributes.numel() == num_edges:
+def _edge_data(data: Any, num_edges: int, name: str, attributes: EdgeAttr) -> tuple[Tensor | None, Tensor | None]:
+    """Weights [E] and attributes [E, a] of the edges.
+
+    Weights are ``edge_weight``; where there is none, ``auto`` takes an ``edge_attr`` of one number per
+    edge for them, as many data sets mean it.
+    """
+    weight, attr = (_optional(data, key) for key in ("edge_weight", "edge_attr"))
+    if weight is not None:
+        weight = weight.reshape(-1) if weight.numel() == num_edges else weight
+    if attr is None or attributes == "drop":
+        return weight, None
+    if attributes == "auto" and weight is None and attr.numel() == num_edges:
         _log.info("%s: edge_attr, one number per edge, is used as edge_weight", name)
-        return attributes.reshape(-1)
-    _log.info("%s: edge_attr of shape %s is not used", name, list(attributes.shape))
-    return None
+        return attr.reshape(-1), None
+    return weight, attr
+
+
+def _optional(data: Any, key: str) -> Tensor | None:
+    value = getattr(data, key, None)
+    if not isinstance(value, Tensor):
+        return None
+    return value if value.layout == torch.strided else value.to_dense()
 
 
 def join(pieces: Sequence[tuple[str | None, RawGraph]], name: str) -> RawGraph:
@@ -75,23 +88,30 @@ def join(pieces: Sequence[tuple[str | None, RawGraph]], name: str) -> RawGraph:
     graphs = [_with_split(split, graph) for split, graph in pieces]
     if len(graphs) == 1:
         return graphs[0]
-    for key in ("x", "y"):
-        widths = sorted({tuple(getattr(graph, key).shape[1:]) for graph in graphs})
+    for key, owner in (("x", "node"), ("y", "node"), ("edge_attr", "edge")):
+        tensors = [tensor for graph in graphs if (tensor := getattr(graph, key)) is not None]
+        widths = sorted({tuple(tensor.shape[1:]) for tensor in tensors})
         if len(widths) > 1:
             raise GraphError(
-                f"{name}: graphs of the data set differ in the shape of {key} per node ({list(widths[0])} and "
+                f"{name}: graphs of the data set differ in the shape of {key} per {owner} ({list(widths[0])} and "
                 f"{list(widths[1])}), so they make no common graph; choose another one"
             )
     starts = torch.tensor([0, *(graph.num_nodes for graph in graphs[:-1])]).cumsum(0).tolist()
-    weights = [graph.edge_weight for graph in graphs]
     return RawGraph(
         name=name,
         x=torch.cat([graph.x for graph in graphs]),
         edge_index=torch.cat([graph.edge_index + start for graph, start in zip(graphs, starts, strict=True)], dim=1),
         y=torch.cat([graph.y for graph in graphs]),
         masks=_join_masks(graphs),
-        edge_weight=torch.cat([w for w in weights if w is not None]) if all(w is not None for w in weights) else None,
+        edge_weight=_join_edge_data([graph.edge_weight for graph in graphs]),
+        edge_attr=_join_edge_data([graph.edge_attr for graph in graphs]),
     )
+
+
+def _join_edge_data(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Weights or attributes where every graph has them."""
+    there = [value for value in values if value is not None]
+    return torch.cat(there) if len(there) == len(values) else None
 
 
 def _with_split(split: str | None, graph: RawGraph) -> RawGraph:

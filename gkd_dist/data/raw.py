@@ -1,6 +1,7 @@
 """`RawGraph`: what a source delivers before anything about it is checked.
 
-Shapes: ``N`` nodes, ``E`` directed edges, ``f`` features, ``c`` binary labels, ``k`` alternative splits.
+Shapes: ``N`` nodes, ``E`` directed edges, ``f`` features of a node, ``a`` of an edge, ``c`` binary labels,
+``k`` alternative splits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class RawGraph:
 
     Meant to be: ``x`` [N, f]; ``edge_index`` [2, E], row 0 source; ``y`` [N] or [N, 1] (classes) or
     [N, c] (binary labels); ``masks`` from split name (``train``, ``val``, ``test``) to [N] or
-    [N, k]; ``edge_weight`` [E]. ``name`` is what messages call the graph.
+    [N, k]; ``edge_weight`` [E]; ``edge_attr`` [E] or [E, a]. ``name`` is what messages call the graph.
     """
 
     name: str
@@ -26,6 +27,7 @@ class RawGraph:
     y: Tensor
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     edge_weight: Tensor | None = None
+    edge_attr: Tensor | None = None
 
     @property
     def num_nodes(self) -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gkd_dist.config import ArraysSource, GraphConfig, PygSource, StorageConfig, SyntheticSource
 from gkd_dist.data.labels import Labels, read_labels
@@ -35,6 +37,8 @@ def load_graph(
     `DataError` where they cannot be had.
     """
     raw = _read(config, seed, data_root, storage)
+    if config.edge_attr == "drop":
+        raw = replace(raw, edge_attr=None)
     check_arrays(raw)
     labels = read_labels(raw.name, raw.y, raw.num_nodes)
     graph = prepare(_assemble(raw, labels, _masks(config, raw, labels, seed)), config)
@@ -60,7 +64,7 @@ def _read(config: GraphConfig, seed: int, data_root: Path | None, storage: Stora
     if isinstance(source, PygSource):
         from gkd_dist.data.pyg import read_pyg
 
-        return read_pyg(source, seed, default_data_root() if data_root is None else data_root)
+        return read_pyg(source, seed, default_data_root() if data_root is None else data_root, config.edge_attr)
     from gkd_dist.data.arrays import read_arrays
 
     assert isinstance(source, ArraysSource)
@@ -90,4 +94,10 @@ def _assemble(raw: RawGraph, labels: Labels, masks: Masks) -> Graph:
         task=labels.task,
         edge_weight=None if raw.edge_weight is None else raw.edge_weight.float().contiguous(),
         name=raw.name,
+        edge_attr=None if raw.edge_attr is None else _two_dimensional(raw.edge_attr).float().contiguous(),
     )
+
+
+def _two_dimensional(edge_attr: Tensor) -> Tensor:
+    """[E] or [E, a] to [E, a]."""
+    return edge_attr.unsqueeze(1) if edge_attr.dim() == 1 else edge_attr

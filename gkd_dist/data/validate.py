@@ -3,7 +3,7 @@
 `check_arrays` looks at what a source delivered, `check_graph` at the finished graph with its splits.
 Both only read.
 
-Shapes: ``N`` nodes, ``E`` directed edges, ``f`` features.
+Shapes: ``N`` nodes, ``E`` directed edges, ``f`` features of a node, ``a`` of an edge.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def check_arrays(raw: RawGraph) -> None:
     check_edges(raw.name, raw.edge_index, raw.num_nodes)
     if raw.edge_weight is not None:
         check_weights(raw.name, raw.edge_weight, raw.edge_index.size(1))
+    if raw.edge_attr is not None:
+        check_edge_attr(raw.name, raw.edge_attr, raw.edge_index)
 
 
 def check_features(name: str, x: Tensor) -> None:
@@ -104,7 +106,30 @@ def check_weights(name: str, edge_weight: Tensor, num_edges: int) -> None:
         raise GraphError(
             f"{name}: {int(wrong.sum())} edge weights are negative, NaN or infinite "
             f"(first: edge {edge}, {edge_weight[edge].item():g}), and degrees are sums of weights; "
-            "make them finite and at least 0, or leave edge_weight out"
+            "make them finite and at least 0, leave edge_weight out, or set graph.edge_attr=keep where they are a "
+            "PyG data set's edge_attr"
+        )
+
+
+def check_edge_attr(name: str, edge_attr: Tensor, edge_index: Tensor) -> None:
+    """``edge_attr`` must be real and finite, [E] or [E, a] with a at least 1."""
+    shape, num_edges = list(edge_attr.shape), edge_index.size(1)
+    if edge_attr.dim() not in (1, 2) or shape[0] != num_edges or shape[-1] == 0:
+        raise GraphError(
+            f"{name}: edge_attr has shape {shape}, expected [{num_edges}, a] with a at least 1; "
+            "give one row per column of edge_index, or set graph.edge_attr=drop"
+        )
+    if edge_attr.is_complex():
+        raise GraphError(
+            f"{name}: edge_attr holds complex numbers, expected real ones; store real and imaginary parts as columns"
+        )
+    wrong = ~torch.isfinite(edge_attr.float()).reshape(num_edges, -1).all(1)
+    if wrong.any():
+        edge = int(wrong.nonzero()[0])
+        source, target = edge_index[:, edge].tolist()
+        raise GraphError(
+            f"{name}: edge_attr of {int(wrong.sum())} edges is NaN or infinite (first: edge {edge}, {source} -> "
+            f"{target}); replace those values, or set graph.edge_attr=drop"
         )
 
 

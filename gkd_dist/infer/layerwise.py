@@ -32,6 +32,7 @@ STRUCTURE = (
     "t_indptr",
     "t_perm",
     "edge_weight",
+    "edge_attr",
     "halo_owner",
 )
 SENDS = ("send_part", "send_ptr", "send_rows")

@@ -50,7 +50,7 @@ def build_graph_store(
     written; ``before_commit`` runs before the manifest and may raise to prevent it.
     """
     assign = assign_parts(config.method, graph.edge_index, graph.num_nodes, config.num_parts, seed)
-    local = LocalGraph.from_edge_index(graph.edge_index, graph.num_nodes, graph.edge_weight)
+    local = LocalGraph.from_edge_index(graph.edge_index, graph.num_nodes, graph.edge_weight, graph.edge_attr)
     dense = int(torch.count_nonzero(graph.x)) >= SPARSE_BELOW * graph.x.numel()
     source = _Source(graph, local, assign, not dense)
     pattern = local.pattern
@@ -92,6 +92,8 @@ def part_tensors(source: _Source, part: PartNodes, plan: SendPlan) -> tuple[dict
     }
     if local.edge_weight is not None:
         tensors["edge_weight"] = local.edge_weight[positions]
+    if local.edge_attr is not None:
+        tensors["edge_attr"] = local.edge_attr[positions]
     return tensors, _counts(tensors, part)
 
 
@@ -134,6 +136,7 @@ def graph_meta(source: _Source, entries: list[ObjectEntry], halo_hops: int, meth
         "halo_hops": halo_hops,
         "method": method,
         "has_edge_weight": graph.edge_weight is not None,
+        "num_edge_features": graph.num_edge_features,
         "undirected": is_undirected(graph.edge_index, graph.num_nodes),
         "sparse_features": source.sparse,
         "edge_cut": cut,

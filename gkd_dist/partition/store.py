@@ -39,6 +39,11 @@ class GraphStore:
         """Features per node."""
         return int(self.manifest.meta["num_features"])
 
+    @property
+    def num_edge_features(self) -> int:
+        """Attributes per edge, 0 without."""
+        return int(self.manifest.meta.get("num_edge_features", 0))
+
     def part(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Tensors of a part, all or only ``names`` (``x`` and ``x_halo`` in whichever form is stored)."""
         entry = self.manifest.parts[index]
@@ -88,10 +93,11 @@ def local_graph(tensors: dict[str, Tensor], num_nodes: int | None = None, num_ro
         pattern = CsrPattern(indptr, indices, tensors["t_indptr"], row_index(indptr)[perm], perm)
     else:
         pattern = CsrPattern.from_csr(indptr, indices)
-    weight = tensors.get("edge_weight")
+    weight, attr = tensors.get("edge_weight"), tensors.get("edge_attr")
     return LocalGraph(
         pattern,
         tensors["in_degree"][:num_nodes],
         tensors["has_self_loop"][:num_nodes],
         None if weight is None else weight[:num_edges],
+        edge_attr=None if attr is None else attr[:num_edges],
     )

@@ -136,13 +136,18 @@ def merge_edges(parts: Sequence[LocalPart], nodes: MergedNodes) -> LocalGraph:
     positions, counts = gather_rows(indptr_all, nodes.source[: nodes.num_rows])
     outermost = counts.new_zeros(nodes.source.numel() - nodes.num_rows)
     indptr = indptr_from_counts(torch.cat([counts, outermost]))
-    weight = None
-    if "edge_weight" in parts[0].tensors:
-        weight = torch.cat([part.tensors["edge_weight"][: part.num_edges] for part in parts])[positions]
     return LocalGraph(
         CsrPattern.from_csr(indptr, nodes.place[candidates[positions]]),
         nodes.take(part.tensors["in_degree"] for part in parts),
         nodes.take(part.tensors["has_self_loop"] for part in parts),
-        weight,
+        _edge_data(parts, "edge_weight", positions),
         nodes.num_owned,
+        _edge_data(parts, "edge_attr", positions),
     )
+
+
+def _edge_data(parts: Sequence[LocalPart], name: str, positions: Tensor) -> Tensor | None:
+    """Weights or attributes of the edges at ``positions`` of all parts one after the other, where there are any."""
+    if name not in parts[0].tensors:
+        return None
+    return torch.cat([part.tensors[name][: part.num_edges] for part in parts])[positions]

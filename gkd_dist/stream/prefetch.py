@@ -281,7 +281,7 @@ def pinned(batch: Batch) -> Batch:
 
 
 def _pinned_graph(graph: LocalGraph) -> LocalGraph:
-    pattern, weight = graph.pattern, graph.edge_weight
+    pattern, weight, attr = graph.pattern, graph.edge_weight, graph.edge_attr
     structure = (pattern.indptr, pattern.indices, pattern.t_indptr, pattern.t_indices, pattern.t_perm)
     return LocalGraph(
         CsrPattern(*(tensor.pin_memory() for tensor in structure)),
@@ -289,4 +289,5 @@ def _pinned_graph(graph: LocalGraph) -> LocalGraph:
         graph.has_self_loop.pin_memory(),
         None if weight is None else weight.pin_memory(),
         graph.num_owned,
+        None if attr is None else attr.pin_memory(),
     )

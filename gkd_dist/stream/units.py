@@ -5,7 +5,7 @@ of owned nodes come first and ascend by the source's global id within a row, how
 merged. With as many hops of halo as the student is deep, its outputs at owned nodes are those on
 the whole graph.
 
-Shapes: ``n`` nodes, ``m`` edges of a batch; ``f`` features; ``c`` classes.
+Shapes: ``n`` nodes, ``m`` edges of a batch; ``f`` features of a node, ``a`` of an edge; ``c`` classes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class UnitLoader:
         """The batch of a micro-step without a unit."""
         meta = self.graph.manifest.meta
         weighted = bool(meta.get("has_edge_weight", False))
-        return empty_batch(self.graph.num_features, int(meta["num_classes"]), meta["task"], self.wants, weighted)
+        attributes = self.graph.num_edge_features
+        classes = int(meta["num_classes"])
+        return empty_batch(self.graph.num_features, classes, meta["task"], self.wants, weighted, attributes)
 
     def size_of(self, unit: int | None) -> int:
         """Bytes of the batch of ``unit``, known before it is read; an upper bound where parts are merged."""
@@ -107,7 +109,7 @@ class UnitLoader:
         classes = int(meta["num_classes"])
         label_bytes = 8 if meta["task"] == "multiclass" else 4 * classes
         per_node = 4 * self.graph.num_features + 8 + 16 + 4 + 1  # x, n_id, both indptr, degree, loop
-        per_edge = 3 * 8 + (4 if meta.get("has_edge_weight", False) else 0)
+        per_edge = 3 * 8 + 4 * bool(meta.get("has_edge_weight", False)) + 4 * self.graph.num_edge_features
         per_owned = label_bytes + len(SPLITS) + (4 * classes if self.wants.logits else 0)
         total = 16
         for part in self.units[unit]:
@@ -130,13 +132,13 @@ class UnitLoader:
         part = parts[0]
         stored = local_graph(part.tensors, part.num_nodes, part.num_rows)
         # copies: views would keep the whole shard in memory for as long as the batch lives
-        weight = None if stored.edge_weight is None else stored.edge_weight.clone()
         graph = LocalGraph(
             replace(stored.pattern, t_indptr=stored.pattern.t_indptr.clone()),
             stored.in_degree.clone(),
             stored.has_self_loop.clone(),
-            weight,
+            None if stored.edge_weight is None else stored.edge_weight.clone(),
             part.num_owned,
+            None if stored.edge_attr is None else stored.edge_attr.clone(),
         )
         return graph, part.tensors["n_id"][: part.num_nodes].clone(), self._x(part)
 
@@ -171,6 +173,7 @@ def empty_batch(
     task: Task,
     wants: Wants = NOTHING,
     weighted: bool = False,
+    num_edge_features: int = 0,
 ) -> Batch:
     """A batch without nodes, with every tensor that a real one has.
 
@@ -181,7 +184,14 @@ def empty_batch(
     pattern = CsrPattern.from_csr(torch.zeros(1, dtype=torch.int64), none.long())
     return Batch(
         EMPTY_UNIT,
-        LocalGraph(pattern, none, mask, none if weighted else None, 0),
+        LocalGraph(
+            pattern,
+            none,
+            mask,
+            none if weighted else None,
+            0,
+            torch.empty(0, num_edge_features) if num_edge_features else None,
+        ),
         torch.empty(0, num_features),
         y=none.long() if task == "multiclass" else torch.empty(0, num_classes),
         train_mask=mask,

@@ -60,6 +60,7 @@ DISTILLED = {"distilled", "evaluation"}
         ("seed=1", ALL),
         ("graph.source.num_nodes=101", ALL),
         ("graph.normalize_features=true", ALL),
+        ("graph.edge_attr=keep", ALL),
         ("partition.num_parts=5", ALL),
         ("partition.method=random", ALL),
         ("partition.seed=3", ALL),
@@ -144,6 +145,11 @@ def test_a_format_version_changes_its_stage(monkeypatch: pytest.MonkeyPatch) -> 
 def test_fingerprints_are_hex_digests_that_last() -> None:
     assert all(len(value) == 64 and int(value, 16) >= 0 for value in chain(config()).values())
     assert chain(config()) == chain(config())
+
+
+def test_graph_stores_of_earlier_versions_stay() -> None:
+    """Settings that came later count only where they differ from what was done before."""
+    assert fp.graph_fingerprint(config()).startswith("29fed21d71d1ee40")
 
 
 def test_every_training_setting_is_on_one_side() -> None:

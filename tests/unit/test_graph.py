@@ -50,6 +50,15 @@ def test_weights_follow_their_edges_and_make_the_degree() -> None:
     assert graph.in_degree.tolist() == [3, 3, 15, 0]
 
 
+def test_attributes_follow_their_edges_and_move_with_them() -> None:
+    graph = LocalGraph.from_edge_index(EDGES, 4, edge_attr=EDGES.t())
+    for found in (graph, graph.to("meta")):
+        assert found.edge_attr is not None
+        assert found.edge_attr.dtype == torch.float32
+        assert found.edge_attr.device == found.in_degree.device
+    assert torch.equal(graph.edge_attr, graph.edge_index.t().float())  # type: ignore[arg-type]
+
+
 def test_a_graph_without_nodes_or_edges() -> None:
     none = torch.empty(2, 0, dtype=torch.int64)
     for num_nodes in (0, 3):

@@ -38,6 +38,7 @@ def save_npz(file: Path, **arrays: Any) -> str:
 @pytest.mark.parametrize("form", ["npz", "folder", "file-url", "compressed"])
 def test_both_forms_give_the_same_graph(form: str, tmp_path: Path) -> None:
     arrays = {**ARRAYS, "train_mask": np.array([True, False, False]), "edge_weight": np.array([1.0, 0.5])}
+    arrays["edge_attr"] = np.array([[1, 2], [3, 4]], dtype=np.uint8)
     if form == "folder":
         url = save_folder(tmp_path / "graph", **arrays)
     elif form == "compressed":
@@ -54,6 +55,8 @@ def test_both_forms_give_the_same_graph(form: str, tmp_path: Path) -> None:
     assert set(raw.masks) == {"train"}
     assert raw.edge_weight is not None
     assert raw.edge_weight.tolist() == [1.0, 0.5]
+    assert raw.edge_attr is not None
+    assert raw.edge_attr.tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def test_a_pyg_graph_is_saved_and_read_back(name: str, tmp_path: Path) -> None:
         edge_index=torch.tensor([[0, 1], [1, 2]]),
         y=torch.tensor([0, 1, 1]),
         edge_weight=torch.tensor([1.0, 0.5], dtype=torch.bfloat16),
+        edge_attr=torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float16),
         train_mask=torch.tensor([[True, False], [False, True], [False, False]]),
     )
     save_arrays(str(tmp_path / name), data)
@@ -87,6 +91,8 @@ def test_a_pyg_graph_is_saved_and_read_back(name: str, tmp_path: Path) -> None:
     assert raw.masks["train"].shape == (3, 2)
     assert raw.edge_weight is not None
     assert raw.edge_weight.tolist() == [1.0, 0.5]
+    assert raw.edge_attr is not None
+    assert raw.edge_attr.tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_what_is_not_there_is_not_saved(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,29 @@ def test_weights_of_duplicates_add_up() -> None:
     assert graph.edge_weight.tolist() == [5.0, 2.0]
 
 
+def with_attributes(edges: list[tuple[int, int]], attributes: list[list[float]]) -> Graph:
+    return replace(with_edges(edges), edge_attr=torch.tensor(attributes))
+
+
+def test_equal_attributes_of_duplicates_are_kept_once() -> None:
+    graph, dropped = coalesce(with_attributes([(2, 3), (0, 1), (2, 3)], [[1.0, 5.0], [2.0, 6.0], [1.0, 5.0]]))
+    assert (edges(graph), dropped) == ([(2, 3), (0, 1)], 1)
+    assert graph.edge_attr is not None
+    assert graph.edge_attr.tolist() == [[1.0, 5.0], [2.0, 6.0]]
+
+
+def test_duplicates_with_other_attributes_are_no_duplicates() -> None:
+    drawn = [(2, 3), (0, 1), (2, 3), (0, 1), (0, 1)], [[1.0, 5.0], [2.0, 6.0], [1.0, 5.0], [2.0, 6.0], [2.0, 7.0]]
+    with pytest.raises(GraphError) as caught:
+        coalesce(with_attributes(*drawn))
+    assert str(caught.value) == (
+        "path: edge 0 -> 1 occurs with different edge_attr (columns 3 and 4 of edge_index), so the two are not one "
+        "edge; set graph.keep_multi=true to keep both, set graph.edge_attr=drop to do without attributes, or merge "
+        "them in the data"
+    )
+    assert prepare(with_attributes(*drawn), config(keep_multi=True)).num_edges == 5
+
+
 def test_a_graph_without_duplicates_is_untouched() -> None:
     graph = with_edges([(2, 3), (3, 2), (0, 0)])
     assert coalesce(graph) == (graph, 0)
@@ -58,6 +82,13 @@ def test_reverse_edges_come_last_and_only_where_they_are_missing() -> None:
     assert edges(graph) == [(0, 1), (1, 0), (2, 3), (1, 1), (3, 2)]
     assert graph.edge_weight is not None
     assert graph.edge_weight.tolist() == [1.0, 2.0, 3.0, 4.0, 3.0]
+
+
+def test_a_reverse_edge_has_the_attributes_of_its_edge() -> None:
+    graph = add_reverse(with_attributes([(0, 1), (2, 3), (1, 1)], [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0]]))
+    assert edges(graph) == [(0, 1), (2, 3), (1, 1), (1, 0), (3, 2)]
+    assert graph.edge_attr is not None
+    assert graph.edge_attr.tolist() == [[1.0, 5.0], [2.0, 6.0], [3.0, 7.0], [1.0, 5.0], [2.0, 6.0]]
 
 
 @bounded

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch_geometric.data import Data, HeteroData
 
+from gkd_dist.config import EdgeAttr
 from gkd_dist.data.pyg_graph import homogeneous, join
 from gkd_dist.errors import GraphError
 
@@ -56,6 +57,27 @@ def test_one_feature_without_a_dimension() -> None:
 def test_where_edge_weights_come_from(fields: dict[str, Any], expected: list[float] | None) -> None:
     weight = homogeneous(data(**fields), "g").edge_weight
     assert (None if weight is None else weight.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "mode", "weight", "attributes"),
+    [
+        ({"edge_attr": torch.ones(2, 5)}, "auto", None, [[1.0] * 5] * 2),
+        ({"edge_attr": torch.ones(2, 5)}, "drop", None, None),
+        ({"edge_attr": torch.tensor([3.0, 4.0])}, "auto", [3.0, 4.0], None),
+        ({"edge_attr": torch.tensor([3.0, 4.0])}, "keep", None, [3.0, 4.0]),
+        ({"edge_attr": torch.tensor([3.0, 4.0])}, "drop", None, None),
+        ({"edge_attr": torch.eye(2).to_sparse()}, "auto", None, [[1.0, 0.0], [0.0, 1.0]]),
+        ({"edge_weight": torch.ones(2), "edge_attr": torch.tensor([[3.0], [4.0]])}, "auto", [1.0, 1.0], [[3.0], [4.0]]),
+        ({"edge_weight": torch.ones(2), "edge_attr": torch.tensor([[3.0], [4.0]])}, "drop", [1.0, 1.0], None),
+    ],
+)
+def test_where_edge_attributes_come_from(
+    fields: dict[str, Any], mode: EdgeAttr, weight: list[float] | None, attributes: list[Any] | None
+) -> None:
+    raw = homogeneous(data(**fields), "g", mode)
+    assert (None if raw.edge_weight is None else raw.edge_weight.tolist()) == weight
+    assert (None if raw.edge_attr is None else raw.edge_attr.tolist()) == attributes
 
 
 @pytest.mark.parametrize(
@@ -109,6 +131,17 @@ def test_weights_are_joined_where_all_graphs_have_them() -> None:
     assert both is not None
     assert both.tolist() == [2.0, 2.0]
     assert join([(None, weighted), (None, plain)], "g").edge_weight is None
+
+
+def test_attributes_are_joined_where_all_graphs_have_them() -> None:
+    one, two = (homogeneous(data(2, edge_attr=torch.tensor([[value, 0.0]])), "g") for value in (2.0, 3.0))
+    both = join([(None, one), (None, two)], "g").edge_attr
+    assert both is not None
+    assert both.tolist() == [[2.0, 0.0], [3.0, 0.0]]
+    assert join([(None, one), (None, homogeneous(data(2), "g"))], "g").edge_attr is None
+    wide = homogeneous(data(2, edge_attr=torch.zeros(1, 3)), "g")
+    with pytest.raises(GraphError, match=r"differ in the shape of edge_attr per edge \(\[2\] and \[3\]\)"):
+        join([(None, one), (None, wide)], "g")
 
 
 def test_graphs_that_do_not_fit_together() -> None:

@@ -102,6 +102,30 @@ def test_number_types_are_brought_into_form_and_options_apply(tmp_path: Path, ca
     assert (graph.x.dtype, graph.edge_weight.dtype, graph.y.dtype) == (torch.float32, torch.float32, torch.int64)
 
 
+@pytest.mark.parametrize(
+    ("mode", "shape", "expected"),
+    [("auto", (2, 2), [[0, 1], [2, 3]] * 2), ("auto", (2,), [[0], [1]] * 2), ("drop", (2, 2), None)],
+)
+def test_edge_attributes_of_arrays(
+    mode: str, shape: tuple[int, ...], expected: list[list[int]] | None, tmp_path: Path
+) -> None:
+    np.savez(
+        tmp_path / "g.npz",
+        x=np.eye(3),
+        edge_index=np.array([[0, 1], [1, 2]]),
+        edge_attr=np.arange(np.prod(shape)).reshape(shape),
+        y=np.array([0, 1, 0]),
+        **{f"{split}_mask": np.eye(3)[i] for i, split in enumerate(("train", "val", "test"))},
+    )
+    source = {"kind": "arrays", "path": str(tmp_path / "g.npz")}
+    graph = load_graph(config(source, undirected=True, edge_attr=mode), seed=0)
+    if expected is None:
+        assert graph.edge_attr is None
+        return
+    assert graph.edge_attr is not None
+    assert (graph.edge_attr.dtype, graph.edge_attr.tolist()) == (torch.float32, expected)
+
+
 def test_a_setting_without_effect_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load_graph(config(synthetic(), split={"kind": "random"}, split_index=2), seed=0)

@@ -15,7 +15,8 @@ NAN = float("nan")
 
 
 def test_a_good_graph_passes() -> None:
-    check_arrays(raw_path(edge_weight=torch.tensor([1.0, 0.0, 2.5])))
+    check_arrays(raw_path(edge_weight=torch.tensor([1.0, 0.0, 2.5]), edge_attr=torch.tensor([[-1], [2], [0]])))
+    check_arrays(raw_path(edge_attr=torch.tensor([-1.0, 2.0, 0.0])))
     check_graph(path())
 
 
@@ -71,7 +72,27 @@ def test_a_good_graph_passes() -> None:
         (
             {"edge_weight": torch.tensor([1.0, -2.0, NAN])},
             "path: 2 edge weights are negative, NaN or infinite (first: edge 1, -2), and degrees are sums of weights; "
-            "make them finite and at least 0, or leave edge_weight out",
+            "make them finite and at least 0, leave edge_weight out, or set graph.edge_attr=keep where they are a PyG "
+            "data set's edge_attr",
+        ),
+        (
+            {"edge_attr": torch.ones(2, 5)},
+            "path: edge_attr has shape [2, 5], expected [3, a] with a at least 1; give one row per column of "
+            "edge_index, or set graph.edge_attr=drop",
+        ),
+        (
+            {"edge_attr": torch.ones(3, 0)},
+            "path: edge_attr has shape [3, 0], expected [3, a] with a at least 1; give one row per column of "
+            "edge_index, or set graph.edge_attr=drop",
+        ),
+        (
+            {"edge_attr": torch.ones(3, 2, dtype=torch.complex64)},
+            "path: edge_attr holds complex numbers, expected real ones; store real and imaginary parts as columns",
+        ),
+        (
+            {"edge_attr": torch.tensor([[0.0, 1.0], [NAN, 1.0], [-float("inf"), NAN]])},
+            "path: edge_attr of 2 edges is NaN or infinite (first: edge 1, 1 -> 2); replace those values, or set "
+            "graph.edge_attr=drop",
         ),
     ],
 )

@@ -142,6 +142,26 @@ def test_parts_are_the_graph(cut: Cut, method: str, halo_hops: int, weighted: bo
             assert [weight_of[s, t] for s, t in found.t().tolist()] == local.edge_weight.tolist()
 
 
+@pytest.mark.parametrize("halo_hops", [1, 2])
+def test_edge_attributes_follow_their_edges(cut: Cut, halo_hops: int) -> None:
+    graph = make_graph()
+    store = cut(replace(graph, edge_attr=graph.edge_index.t().float()), 3, "random", halo_hops)
+    assert store.num_edge_features == store.manifest.meta["num_edge_features"] == 2
+    for index, entry in enumerate(store.manifest.parts):
+        part = store.part(index)
+        for local in (local_graph(part), local_graph(part, num_rows=entry.counts["num_owned"])):
+            assert local.edge_attr is not None
+            assert torch.equal(local.edge_attr, part["n_id"][local.edge_index].t().float())
+
+
+def test_a_graph_without_attributes_stores_none(cut: Cut) -> None:
+    store = cut(path())
+    assert store.num_edge_features == store.manifest.meta["num_edge_features"] == 0
+    assert "edge_attr" not in store.part(0)
+    earlier = replace(store.manifest, meta={k: v for k, v in store.manifest.meta.items() if k != "num_edge_features"})
+    assert replace(store, manifest=earlier).num_edge_features == 0
+
+
 def test_every_node_and_every_edge_is_owned_once(cut: Cut) -> None:
     graph = make_graph()
     store = cut(graph, 4, "random")

@@ -54,6 +54,7 @@ def graph(density: float, weighted: bool) -> Graph:
         masks == 2,
         num_classes=2,
         edge_weight=torch.ones(edge_index.size(1)) if weighted else None,
+        edge_attr=torch.ones(edge_index.size(1), 3) if weighted else None,
     )
 
 
@@ -140,7 +141,7 @@ def test_a_graph_part(run: Storage) -> None:
 def test_a_graph_part_with_sparse_features_and_without_weights(run: Storage) -> None:
     manifest = write_graph(run, density=0.05, weighted=False)
     drawn = {name: dtype for number in (0, 1) for name, (dtype, *_) in table("Graph part", number).items()}
-    for name in ("x", "x_halo", "edge_weight"):
+    for name in ("x", "x_halo", "edge_weight", "edge_attr"):
         del drawn[name]
     assert tensors(manifest.parts[0]) == drawn
 

@@ -24,9 +24,14 @@ _NUMBER = itertools.count()
 
 
 def random_graph(
-    num_nodes: int = 30, num_edges: int = 90, seed: int = 0, weighted: bool = False, multilabel: bool = False
+    num_nodes: int = 30,
+    num_edges: int = 90,
+    seed: int = 0,
+    weighted: bool = False,
+    multilabel: bool = False,
+    attributed: bool = False,
 ) -> Graph:
-    """A directed graph with self-loops, isolated nodes and unlabelled nodes."""
+    """A directed graph with self-loops, isolated nodes and unlabelled nodes; attributes are (source, target)."""
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(num_nodes * num_nodes, (num_edges,), generator=draw).unique()
     masks = [torch.rand(num_nodes, generator=draw) < 0.4 for _ in range(3)]
@@ -41,6 +46,7 @@ def random_graph(
         num_classes=3,
         task="multilabel" if multilabel else "multiclass",
         edge_weight=torch.rand(codes.numel(), generator=draw) + 0.5 if weighted else None,
+        edge_attr=torch.stack([codes % num_nodes, codes // num_nodes], 1).float() if attributed else None,
     )
 
 

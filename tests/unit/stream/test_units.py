@@ -120,6 +120,17 @@ def sources_by_row(batch: Batch) -> list[list[int]]:
     return [block.tolist() for block in batch.n_id[pattern.indices].split(torch.diff(pattern.indptr).tolist())]
 
 
+@pytest.mark.parametrize("units", GROUPINGS, ids=str)
+@pytest.mark.parametrize("hops", [1, 2])
+def test_edge_attributes_follow_their_edges(units: list[tuple[int, ...]], hops: int) -> None:
+    store = graph_store(random_graph(attributed=True), 4, 2)
+    loader = UnitLoader(store, None, units, hops=hops)
+    for unit in range(len(units)):
+        batch = loader.load(unit)
+        assert batch.graph.edge_attr is not None
+        assert torch.equal(batch.graph.edge_attr, batch.n_id[batch.graph.edge_index].t().float())
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
@@ -128,13 +139,13 @@ def tensors_of(batch: Batch) -> list[Tensor]:
     tensors = [batch.x, batch.y, batch.train_mask, batch.val_mask, batch.test_mask, batch.n_id]
     tensors += [pattern.indptr, pattern.indices, pattern.t_indptr, pattern.t_indices, pattern.t_perm]
     tensors += [graph.in_degree, graph.has_self_loop, *batch.teacher_scores.values()]
-    return tensors + [t for t in (graph.edge_weight, batch.teacher_logits) if t is not None]
+    return tensors + [t for t in (graph.edge_weight, graph.edge_attr, batch.teacher_logits) if t is not None]
 
 
 @pytest.mark.parametrize("as_scores", [False, True])
 @pytest.mark.parametrize("unit", [(0,), (0, 1)], ids=str)
 def test_a_batch_holds_its_own_bytes_and_no_more(unit: tuple[int, ...], as_scores: bool, tmp_path: Path) -> None:
-    graph = random_graph(300, 2000, weighted=True)
+    graph = random_graph(300, 2000, weighted=True, attributed=True)
     store = graph_store(graph, 2, 2)
     knowledge = knowledge_store(store, tmp_path, torch.randn(300, 3), {1: torch.randn(300, 4)}, METRICS, as_scores)
     loader = UnitLoader(store, knowledge, [unit], Wants.of(True, [(1, "dot")]))
@@ -260,7 +271,7 @@ def test_a_loader_survives_pickling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("multilabel", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_an_empty_batch_has_every_tensor_of_a_real_one(multilabel: bool, weighted: bool, tmp_path: Path) -> None:
-    graph = random_graph(weighted=weighted, multilabel=multilabel)
+    graph = random_graph(weighted=weighted, multilabel=multilabel, attributed=weighted)
     store = graph_store(graph, 2, 1)
     knowledge = knowledge_store(store, tmp_path, torch.randn(30, 3), {1: torch.randn(30, 4)}, METRICS, True)
     loader = UnitLoader(store, knowledge, [(0,)], Wants.of(True, [(1, "dot")]))
