@@ -38,6 +38,11 @@ def part(index: int) -> str:
     return f"part-{index:05d}"
 
 
+def manifest_page(number: int, sha256: str) -> str:
+    """Name of page ``number`` of a manifest with many parts, e.g. ``manifest-0000-0123abcd.json``."""
+    return f"manifest-{number:04d}-{sha256[:8]}.json"
+
+
 def stage_record(stage: str) -> str:
     """Key of the record that a finished stage leaves."""
     return f"stages/{stage}.json"

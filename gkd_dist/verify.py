@@ -11,14 +11,13 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from gkd_dist import layout
 from gkd_dist.errors import ObjectNotFoundError
-from gkd_dist.shards.manifest import Manifest, ObjectEntry
+from gkd_dist.shards.manifest import Manifest, ObjectEntry, page_keys
 from gkd_dist.storage import Storage
 
-# Only what stages write: shards, by their name, and folders of layer outputs. Other files, and
-# other stores further down, are never touched.
-_WRITTEN_BY_STAGES = re.compile(r"[^/]+-[0-9a-f]{8}\.safetensors|tmp-[0-9a-f]{8}/.+")
+# Only what stages write: shards and pages of manifests, by their name, and folders of layer outputs.
+# Other files, and other stores further down, are never touched.
+_WRITTEN_BY_STAGES = re.compile(r"[^/]+-[0-9a-f]{8}\.safetensors|manifest-\d{4,}-[0-9a-f]{8}\.json|tmp-[0-9a-f]{8}/.+")
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,13 @@ def verify_store(storage: Storage, manifest: Manifest, threads: int = 4) -> list
 
 
 def orphans(storage: Storage, manifest: Manifest) -> list[str]:
-    """Shards that the manifest does not name, layer outputs, and what killed writers left behind.
+    """Shards and pages that the manifest does not name, layer outputs, and what killed writers left behind.
 
-    They come from repeated tasks, from runs with other settings and from runs that were given up.
+    ``manifest`` is the one that is stored there. They come from repeated tasks, from runs with
+    other settings and from runs that were given up.
     Call it while no stage is writing here.
     """
-    named = {entry.key for entry in manifest.parts} | {layout.MANIFEST}
+    named = {entry.key for entry in manifest.parts} | page_keys(storage, manifest.kind)
     shards = [key for key in storage.list() if key not in named and _WRITTEN_BY_STAGES.fullmatch(key)]
     leftovers = [key for key in storage.list(leftovers=True) if "/" not in key or key.startswith("tmp-")]
     return sorted({*shards, *leftovers})

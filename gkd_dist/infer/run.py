@@ -7,7 +7,7 @@ It holds O(parts + borders): metadata of objects, never a tensor. Where the task
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from torch import nn
 
 from gkd_dist import layout
 from gkd_dist.config import InferConfig
+from gkd_dist.config_file import config_fingerprint
 from gkd_dist.errors import ManifestError, ModelError, NewerSchemaError, ObjectNotFoundError
 from gkd_dist.infer.commits import Commits
 from gkd_dist.infer.knowledge import KIND, Histogram, add_histogram, knowledge_meta, refuse_coarse
@@ -90,12 +91,31 @@ def infer_nodes(
     parts = run.knowledge_entries()
     meta = knowledge_meta(wants, plan.depth, spec, packing, run.histograms, parts)
     refuse_coarse(meta, parts, packing)
-    inputs = {"graph": graph.manifest.fingerprint, "model": str(document["fingerprint"])}
+    inputs = input_fingerprints(graph, document, wants, packing)
     manifest = Manifest(KIND, fingerprint, inputs, meta, parts)
     ownership_check()
     manifest.save(out)
     _clean_up(out, before, manifest)
     return manifest
+
+
+def input_fingerprints(
+    graph: GraphStore, document: Mapping[str, Any], wants: Wants, packing: Packing
+) -> dict[str, str]:
+    """What knowledge is made from: the graph store, the model, its weights, and what is kept and how."""
+    kept = [
+        wants.logits,
+        [list(name) for name in wants.score_names()],
+        sorted(wants.embeddings),
+        packing.dtype,
+        packing.scores_dtype,
+    ]
+    return {
+        "graph": graph.manifest.fingerprint,
+        "model": str(document["fingerprint"]),
+        "weights": model_digest(document),
+        "config": config_fingerprint(kept),
+    }
 
 
 def _published(out: Storage) -> Manifest | None:

@@ -2,91 +2,194 @@
 
 The text has one line per part, so that it can be read, searched and compared by line. ``sha256``
 is that of the same JSON without this field, as ``json.dumps(body, sort_keys=True)`` writes it.
-Parts are handled one by one: with thousands of them the driver's memory would show a copy.
+Above `PARTS_PER_PAGE` parts these lines are in *pages*, objects named by their content, which the
+manifest lists with their digests. Parts are handled one by one, and pages a few at a time: with
+thousands of parts the driver's memory would show a copy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from gkd_dist import layout
 from gkd_dist.errors import ManifestError, NewerSchemaError
-from gkd_dist.shards import codec
-from gkd_dist.shards.entries import ObjectEntry, TensorEntry, check_complete, rerun
+from gkd_dist.fingerprints import FORMAT
+from gkd_dist.shards.entries import ObjectEntry, check_complete
+from gkd_dist.shards.manifest_fields import PAGE_FIELDS, PART_FIELDS, TENSOR_FIELDS, FieldReader, PageEntry, shorten
+from gkd_dist.shards.manifest_upgrade import FIELDS, SCHEMA_VERSION, upgrade
 
-SCHEMA_VERSION = 1
-_FIELDS = ("schema_version", "kind", "fingerprint", "inputs", "meta", "num_parts", "parts", "sha256")
-_PART_FIELDS = ("key", "num_bytes", "crc32", "sha256", "counts", "meta", "tensors")
-_TENSOR_FIELDS = ("name", "dtype", "shape", "start", "stop", "crc32")
+PARTS_PER_PAGE = 1000
+_PAGES_AT_A_TIME = 4
+_LARGEST_COUNT = 10**8
+ReadPage = Callable[[str], bytes]
 
 
-def dump(
-    kind: str, fingerprint: str, inputs: Mapping[str, str], meta: Mapping[str, Any], parts: Sequence[ObjectEntry]
-) -> bytes:
-    """A manifest as UTF-8 JSON; ManifestError where a value is not plain JSON."""
+@dataclass(frozen=True)
+class Document:
+    """What a manifest says; see `Manifest` for the fields."""
+
+    kind: str
+    fingerprint: str
+    inputs: Mapping[str, str]
+    meta: Mapping[str, Any]
+    parts: Sequence[ObjectEntry]
+    format_version: int | None = None
+
+
+def dump(document: Document, write_page: Callable[[str, bytes], None], parts_per_page: int = PARTS_PER_PAGE) -> bytes:
+    """A manifest as UTF-8 JSON; its pages, if it has any, are given to ``write_page`` (key, bytes) first.
+
+    ManifestError where a value is not plain JSON.
+    """
     body: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "kind": kind,
-        "fingerprint": fingerprint,
-        "inputs": dict(inputs),
-        "meta": dict(meta),
-        "num_parts": len(parts),
+        "kind": document.kind,
+        "format_version": document.format_version or FORMAT.get(document.kind, 1),
+        "fingerprint": document.fingerprint,
+        "inputs": dict(document.inputs),
+        "meta": dict(document.meta),
+        "num_parts": len(document.parts),
     }
     try:
         # read back, as a reader will see it: keys are text, tuples are lists
         body = json.loads(json.dumps(body, allow_nan=False))
-        lines = [_sorted(json.loads(json.dumps(_part_fields(part), allow_nan=False))) for part in parts]
+        if len(document.parts) <= parts_per_page:
+            pages, lines = [], _lines(document.parts)
+        else:
+            pages, lines = _write_pages(document.parts, write_page, parts_per_page), []
     except (TypeError, ValueError, RecursionError) as error:
         raise ManifestError(
-            f"the manifest of a {kind} store holds a value that is not JSON ({error}); "
+            f"the manifest of a {document.kind} store holds a value that is not JSON ({error}); "
             "keep to text, integers, finite floats, lists and dicts"
         ) from error
+    body["pages"] = [{name: getattr(page, name) for name in PAGE_FIELDS} for page in pages]
     body["sha256"] = _digest(body, lines)
+    return _with_parts(body, lines)
+
+
+def _write_pages(
+    parts: Sequence[ObjectEntry], write_page: Callable[[str, bytes], None], parts_per_page: int
+) -> list[PageEntry]:
+    pages = []
+    for number, first in enumerate(range(0, len(parts), parts_per_page)):
+        listed = parts[first : first + parts_per_page]
+        data = _with_parts({"page": number}, _lines(listed))
+        digest = hashlib.sha256(data).hexdigest()
+        pages.append(PageEntry(layout.manifest_page(number, digest), len(data), digest, len(listed)))
+        write_page(pages[-1].key, data)
+    return pages
+
+
+def _lines(parts: Sequence[ObjectEntry]) -> list[str]:
+    return [_sorted(json.loads(json.dumps(_part_fields(part), allow_nan=False))) for part in parts]
+
+
+def _with_parts(body: dict[str, Any], lines: list[str]) -> bytes:
     head = json.dumps(body, indent=1, sort_keys=True)
     listed = ",\n".join(f"  {line}" for line in lines)
     return f'{head[:-2]},\n "parts": [\n{listed}\n ]\n}}\n'.encode()
 
 
-def parse(data: bytes, url: str, kind: str) -> dict[str, Any]:
-    """Fields of the manifest in ``data``; ManifestError for anything but a complete one of ``kind``.
+def parse(data: bytes, url: str, kind: str, read_page: ReadPage) -> Document:
+    """The manifest in ``data``; ManifestError for anything but a complete one of ``kind``.
 
-    ``url`` is that of the store. Returns fingerprint, inputs, meta and parts.
+    ``url`` is that of the store, ``read_page`` gives the bytes of a page.
     """
-    reader = _Reader(f"{url}/{layout.MANIFEST}", kind)
-    body = reader.json(data)
-    version = body.get("schema_version")
-    if type(version) is not int or version < 1:
-        raise reader.error(f"its schema_version is {_shorten(version)}, expected {SCHEMA_VERSION}")
-    if version > SCHEMA_VERSION:
-        raise NewerSchemaError(
-            f"{reader.where} has schema version {version}, this gkd_dist reads up to {SCHEMA_VERSION}; upgrade gkd_dist"
-        )
-    reader.fields(body, _FIELDS, "the manifest")
-    listed = reader.list(body.pop("parts"), "parts")
-    if _digest(body, map(_sorted, listed)) != body["sha256"]:
-        raise reader.error("its content does not match its sha256: it was altered")
+    reader = FieldReader(f"{url}/{layout.MANIFEST}", kind)
+    body = _checked_body(reader, data)
     found = reader.text(body["kind"], "kind")
     if found != kind:
         raise ManifestError(
             f"{reader.where} is of a {found} store, expected a {kind} store; check the URL of the store"
         )
-    parts = tuple(reader.part(part, f"parts[{i}]") for i, part in enumerate(_consume(listed)))
-    check_complete(parts, reader.count(body["num_parts"], "num_parts", largest=10**8), url, kind)
-    return {
-        "fingerprint": reader.text(body["fingerprint"], "fingerprint"),
-        "inputs": reader.mapping(body["inputs"], "inputs", reader.text),
-        "meta": reader.mapping(body["meta"], "meta"),
-        "parts": parts,
-    }
+    version = reader.count(body["format_version"], "format_version")
+    if version > FORMAT.get(kind, 1):
+        raise NewerSchemaError(
+            f"the {kind} store at {url} has format {version}, this gkd_dist reads up to {FORMAT.get(kind, 1)}; "
+            "upgrade gkd_dist"
+        )
+    parts = tuple(_parts(reader, body, url, kind, read_page))
+    check_complete(parts, reader.count(body["num_parts"], "num_parts", largest=_LARGEST_COUNT), url, kind)
+    return Document(
+        kind,
+        reader.text(body["fingerprint"], "fingerprint"),
+        reader.mapping(body["inputs"], "inputs", reader.text),
+        reader.mapping(body["meta"], "meta"),
+        parts,
+        version,
+    )
+
+
+def pages(data: bytes, url: str, kind: str) -> list[PageEntry]:
+    """The pages that the manifest in ``data`` lists; ManifestError as in `parse`."""
+    reader = FieldReader(f"{url}/{layout.MANIFEST}", kind)
+    return _pages(reader, _checked_body(reader, data))
+
+
+def kind_of(data: bytes, url: str) -> str:
+    """The kind of store that the manifest in ``data`` is of; ManifestError for none."""
+    reader = FieldReader(f"{url}/{layout.MANIFEST}", "")
+    return reader.text(reader.json(data).get("kind"), "kind")
 
 
 def entry_from_json(value: Any, where: str, kind: str) -> ObjectEntry:
     """One object's entry from its JSON (``dataclasses.asdict``), checked like those of a manifest of ``kind``."""
-    return _Reader(where, kind).part(value, "entry")
+    return FieldReader(where, kind).part(value, "entry")
+
+
+def _checked_body(reader: FieldReader, data: bytes) -> dict[str, Any]:
+    """The JSON of a manifest with today's fields, after a check of version, fields and digest."""
+    body = reader.json(data)
+    version = body.get("schema_version")
+    if type(version) is not int or version < 1:
+        raise reader.error(f"its schema_version is {shorten(version)}, expected {SCHEMA_VERSION}")
+    if version > SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{reader.where} has schema version {version}, this gkd_dist reads up to {SCHEMA_VERSION}; upgrade gkd_dist"
+        )
+    reader.fields(body, FIELDS[version], "the manifest")
+    if _digest(body, map(_sorted, reader.list(body["parts"], "parts"))) != body["sha256"]:
+        raise reader.error("its content does not match its sha256: it was altered")
+    return upgrade(body)
+
+
+def _pages(reader: FieldReader, body: dict[str, Any]) -> list[PageEntry]:
+    listed = reader.list(body["pages"], "pages")
+    return [reader.page(page, f"pages[{i}]") for i, page in enumerate(listed)]
+
+
+def _parts(
+    reader: FieldReader, body: dict[str, Any], url: str, kind: str, read_page: ReadPage
+) -> Iterator[ObjectEntry]:
+    entries, listed = _pages(reader, body), body.pop("parts")
+    if entries and listed:
+        raise reader.error("it has both parts and pages")
+    yield from (reader.part(part, f"parts[{i}]") for i, part in enumerate(_consume(listed)))
+    with ThreadPoolExecutor(_PAGES_AT_A_TIME, "pages") as readers:
+        for first in range(0, len(entries), _PAGES_AT_A_TIME):
+            some = entries[first : first + _PAGES_AT_A_TIME]
+            texts = list(readers.map(lambda page: read_page(page.key), some))
+            for number, page in enumerate(some, first):
+                yield from _page_parts(page, number, texts.pop(0), url, kind)
+
+
+def _page_parts(page: PageEntry, number: int, data: bytes, url: str, kind: str) -> Iterator[ObjectEntry]:
+    reader = FieldReader(f"{url}/{page.key}", kind)
+    if len(data) != page.num_bytes or hashlib.sha256(data).hexdigest() != page.sha256:
+        raise reader.error(f"its {len(data)} bytes are not the {page.num_bytes} of the manifest: it was altered")
+    body = reader.json(data)
+    reader.fields(body, ("page", "parts"), "the page")
+    listed = reader.list(body["parts"], "parts")
+    if reader.count(body["page"], "page") != number or len(listed) != page.num_parts:
+        raise reader.error(
+            f"it is page {body['page']} with {len(listed)} parts, expected {number} with {page.num_parts}"
+        )
+    yield from (reader.part(part, f"parts[{i}]") for i, part in enumerate(_consume(listed)))
 
 
 def _consume(items: list[Any]) -> Iterator[Any]:
@@ -97,8 +200,8 @@ def _consume(items: list[Any]) -> Iterator[Any]:
 
 
 def _part_fields(part: ObjectEntry) -> dict[str, Any]:
-    fields = {name: getattr(part, name) for name in _PART_FIELDS}
-    return fields | {"tensors": [{name: getattr(t, name) for name in _TENSOR_FIELDS} for t in part.tensors]}
+    fields = {name: getattr(part, name) for name in PART_FIELDS}
+    return fields | {"tensors": [{name: getattr(t, name) for name in TENSOR_FIELDS} for t in part.tensors]}
 
 
 def _sorted(value: Any) -> str:
@@ -117,88 +220,3 @@ def _digest(body: dict[str, Any], part_lines: Iterable[str]) -> str:
             digest.update(b"]")
     digest.update(b"}")
     return digest.hexdigest()
-
-
-class _Reader:
-    """Checks of JSON values; every failure is a ManifestError that names the place."""
-
-    def __init__(self, where: str, kind: str) -> None:
-        self.where = where
-        self._kind = kind
-
-    def error(self, what: str) -> ManifestError:
-        return ManifestError(f"{self.where} is no usable manifest: {what}; {rerun(self._kind)} again")
-
-    def json(self, data: bytes) -> dict[str, Any]:
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise self.error(f"it is not JSON ({error})") from error
-        if not isinstance(body, dict):
-            raise self.error(f"it is a JSON {type(body).__name__}, expected an object")
-        return body
-
-    def fields(self, value: Any, fields: tuple[str, ...], place: str) -> None:
-        if not isinstance(value, dict):
-            raise self.error(f"{place} is {_shorten(value)}, expected an object")
-        if value.keys() != set(fields):
-            wrong = sorted(value.keys() ^ set(fields))
-            raise self.error(f"{place} lacks or does not know {', '.join(map(repr, wrong))}")
-
-    def text(self, value: Any, place: str) -> str:
-        if not isinstance(value, str):
-            raise self.error(f"{place} is {_shorten(value)}, expected text")
-        return value
-
-    def count(self, value: Any, place: str, largest: int = (1 << 63) - 1) -> int:
-        if type(value) is not int or not 0 <= value <= largest:
-            raise self.error(f"{place} is {_shorten(value)}, expected an integer from 0 to {largest}")
-        return value
-
-    def list(self, value: Any, place: str) -> list[Any]:
-        if not isinstance(value, list):
-            raise self.error(f"{place} is {_shorten(value)}, expected a list")
-        return value
-
-    def mapping(self, value: Any, place: str, check: Callable[[Any, str], Any] | None = None) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self.error(f"{place} is {_shorten(value)}, expected an object")
-        return {name: check(item, f"{place}.{name}") if check else item for name, item in value.items()}
-
-    def part(self, value: Any, place: str) -> ObjectEntry:
-        self.fields(value, _PART_FIELDS, place)
-        key, sha256 = self.text(value["key"], f"{place}.key"), self.text(value["sha256"], f"{place}.sha256")
-        if not key or key.startswith("/") or ".." in key.split("/"):
-            raise self.error(f"{place}.key is {_shorten(key)}, expected a key inside the store")
-        if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
-            raise self.error(f"{place}.sha256 is {_shorten(sha256)}, expected 64 hexadecimal digits")
-        size = self.count(value["num_bytes"], f"{place}.num_bytes")
-        tensors = self.list(value["tensors"], f"{place}.tensors")
-        return ObjectEntry(
-            key=key,
-            num_bytes=size,
-            crc32=self.count(value["crc32"], f"{place}.crc32", 0xFFFFFFFF),
-            sha256=sha256,
-            tensors=tuple(self.tensor(t, f"{place}.tensors[{i}]", size) for i, t in enumerate(tensors)),
-            counts=self.mapping(value["counts"], f"{place}.counts", self.count),
-            meta=self.mapping(value["meta"], f"{place}.meta"),
-        )
-
-    def tensor(self, value: Any, place: str, size: int) -> TensorEntry:
-        self.fields(value, _TENSOR_FIELDS, place)
-        name, dtype = self.text(value["name"], f"{place}.name"), codec.dtype_from_name(value["dtype"])
-        if dtype is None:
-            raise self.error(f"{place}.dtype is {_shorten(value['dtype'])}, which a shard cannot hold")
-        if not codec.is_sizes(value["shape"]):
-            raise self.error(f"{place}.shape is {_shorten(value['shape'])}, expected a list of sizes")
-        start, stop = self.count(value["start"], f"{place}.start"), self.count(value["stop"], f"{place}.stop")
-        if stop > size or stop - start != codec.num_bytes(dtype, value["shape"]):
-            raise self.error(f"{place} has bytes {start} to {stop}, which do not fit its shape and the object")
-        crc = self.count(value["crc32"], f"{place}.crc32", 0xFFFFFFFF)
-        # interned: thousands of parts repeat the same few names
-        return TensorEntry(sys.intern(name), codec.dtype_name(dtype), tuple(value["shape"]), start, stop, crc)
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

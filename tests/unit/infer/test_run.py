@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +115,15 @@ def test_manifest_says_what_it_is_about(make_world: MakeWorld, exact: InferConfi
     graph, out = world.cut(2), world.storage("k")
     storage, _ = world.model("gcn")
     manifest = infer_nodes(storage, graph, out, Wants(scores={1: {"dot"}}), exact, fingerprint=FINGERPRINT)
-    assert manifest.inputs == {"graph": graph.manifest.fingerprint, "model": "model-gcn"}
+    inputs = dict(manifest.inputs)
+    assert inputs.pop("weights") == hashlib.sha256(storage.read(layout.MODEL_WEIGHTS)).hexdigest()
+    kept = inputs.pop("config")
+    assert inputs == {"graph": graph.manifest.fingerprint, "model": "model-gcn"}
+    half = exact.model_copy(update={"dtype": "fp16"})
+    other = infer_nodes(storage, graph, out, Wants(scores={1: {"dot"}}), half, fingerprint="e" * 64)
+    assert other.inputs == {**manifest.inputs, "config": other.inputs["config"]}
+    assert other.inputs["config"] != kept
+    manifest = infer_nodes(storage, graph, out, Wants(scores={1: {"dot"}}), exact, fingerprint=FINGERPRINT)
     assert manifest.meta["mode"] == "layerwise"
     assert manifest.meta["num_layers"] == 3
     assert Manifest.load(out, "knowledge", FINGERPRINT) == manifest

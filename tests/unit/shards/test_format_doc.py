@@ -21,8 +21,10 @@ from gkd_dist.models.io import ModelSpec, save_model
 from gkd_dist.owner import Ownership
 from gkd_dist.partition.build import build_graph_store
 from gkd_dist.partition.store import GraphStore
+from gkd_dist.shards import manifest_json
 from gkd_dist.shards.entries import ObjectEntry
 from gkd_dist.shards.manifest import SCHEMA_VERSION, Manifest
+from gkd_dist.shards.manifest_upgrade import FIELDS
 from gkd_dist.storage import Storage
 
 DOC = (Path(__file__).parents[3] / "docs" / "shard-format.md").read_text(encoding="utf-8")
@@ -103,6 +105,10 @@ def test_the_tree(run: Storage) -> None:
     generic = {key.replace("teacher-bbbbbbbb", "<teacher>-<fp8>") for key in generic}
     assert generic <= drawn, generic - drawn
     assert len(generic) == 7
+    assert {
+        f"{layout.GRAPH}/manifest-0000-<sha8>.json",
+        f"{layout.KNOWLEDGE}/<teacher>-<fp8>/manifest-0000-<sha8>.json",
+    } <= drawn
     named = {layout.CONFIG, layout.OWNER, layout.METRICS, layout.REPORT, layout.stage_record("<stage>"),
              f"{layout.student('<name>')}/{layout.MODEL_JSON}", f"{layout.student('<name>')}/{layout.MODEL_WEIGHTS}",
              f"{layout.student('<name>')}/{layout.checkpoint(500)}/", f"{layout.TENSORBOARD}/<name>/"}  # fmt: skip
@@ -125,6 +131,26 @@ def test_the_fields_of_a_manifest(run: Storage) -> None:
     assert table("Manifest", 1).keys() == body["parts"][0].keys()
     assert table("Manifest", 2).keys() == body["parts"][0]["tensors"][0].keys()
     assert table("Manifest", 0)["schema_version"] == [str(SCHEMA_VERSION)]
+    assert table("Versions", 0).keys() == {str(version) for version in range(1, SCHEMA_VERSION + 1)}
+    assert FIELDS[SCHEMA_VERSION] == tuple(table("Manifest", 0))
+
+
+def test_the_pages_of_a_manifest(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_json.dump, "__defaults__", (1,))
+    written = write_graph(run)
+    names = {re.sub(r"-[0-9a-f]{8}\.", "-<sha8>.", key) for key in run.list(layout.GRAPH)}
+    assert names >= {f"{layout.GRAPH}/manifest-{number:04d}-<sha8>.json" for number in range(2)}
+    body = json.loads(run.read(f"{layout.GRAPH}/{layout.MANIFEST}"))
+    assert table("Manifest", 0).keys() == body.keys()
+    assert body["parts"] == []
+    for number, page in enumerate(body["pages"]):
+        assert table("Manifest", 3).keys() == page.keys()
+        stored = json.loads(run.read(f"{layout.GRAPH}/{page['key']}"))
+        assert table("Manifest", 4).keys() == stored.keys()
+        assert stored["page"] == number
+        assert stored["parts"][0].keys() == table("Manifest", 1).keys()
+    assert Manifest.load(run.child(layout.GRAPH), "graph") == written
+    assert f"{manifest_json.PARTS_PER_PAGE:,} parts" in section("Manifest")
 
 
 def test_a_graph_part(run: Storage) -> None:
@@ -159,7 +185,7 @@ def test_a_knowledge_part(run: Storage) -> None:
         assert all(found == {"scale", "bound"} for found in fields.values())
     assert manifest.meta.keys() == table("Knowledge part", 3).keys()
     assert manifest.meta["bounds"][0].keys() == table("Knowledge part", 4).keys()
-    assert manifest.inputs.keys() == {"graph", "model"}
+    assert manifest.inputs.keys() == table("Manifest", 5).keys()
     assert Manifest.load(out, "knowledge", "b" * 64) == manifest
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import uuid
 from collections.abc import Callable
@@ -12,10 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from forgery import signed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkd_dist.errors import ManifestError
+from gkd_dist.errors import ManifestError, NewerSchemaError
+from gkd_dist.fingerprints import FORMAT
 from gkd_dist.shards import manifest_json
 from gkd_dist.shards.manifest import Manifest, ObjectEntry, TensorEntry
 from gkd_dist.storage import Storage
@@ -48,19 +49,23 @@ def graph(num_parts: int = 2, **changes: Any) -> Manifest:
     return Manifest(**(fields | changes))
 
 
+def document(manifest: Manifest) -> manifest_json.Document:
+    return manifest_json.Document(
+        manifest.kind, manifest.fingerprint, manifest.inputs, manifest.meta, manifest.parts, manifest.format_version
+    )
+
+
+def no_page(*args: Any) -> bytes:
+    raise AssertionError(f"a small manifest has no pages: {args}")
+
+
 def dump(manifest: Manifest) -> bytes:
-    return manifest_json.dump(manifest.kind, manifest.fingerprint, manifest.inputs, manifest.meta, manifest.parts)
-
-
-def signed(body: dict[str, Any]) -> bytes:
-    """JSON of ``body`` with the right sha256: what a wrong program, not a flipped bit, would write."""
-    body = {name: value for name, value in body.items() if name != "sha256"}
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps(body | {"sha256": digest}).encode()
+    return manifest_json.dump(document(manifest), no_page)
 
 
 def parse(data: bytes) -> Manifest:
-    return Manifest("graph", **manifest_json.parse(data, "memory://store", "graph"))
+    found = manifest_json.parse(data, "memory://store", "graph", no_page)
+    return Manifest(**{**vars(found), "parts": tuple(found.parts)})
 
 
 @pytest.fixture
@@ -128,9 +133,23 @@ def test_another_input() -> None:
 
 
 def test_a_newer_schema_asks_for_an_upgrade() -> None:
-    body = json.loads(dump(graph())) | {"schema_version": 2, "shape_of_things_to_come": 1}
-    with pytest.raises(ManifestError, match="has schema version 2, this gkd_dist reads up to 1; upgrade gkd_dist"):
+    body = json.loads(dump(graph())) | {"schema_version": 3, "shape_of_things_to_come": 1}
+    with pytest.raises(NewerSchemaError, match="has schema version 3, this gkd_dist reads up to 2; upgrade gkd_dist"):
         parse(json.dumps(body).encode())
+
+
+def test_a_newer_format_asks_for_an_upgrade() -> None:
+    newer = FORMAT["graph"] + 1
+    with pytest.raises(NewerSchemaError, match=f"has format {newer}, .* up to {newer - 1}; upgrade gkd_dist"):
+        parse(edit(lambda body: body.update(format_version=newer)))
+
+
+def test_an_older_format_is_named_where_the_fingerprint_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parse(dump(graph()))
+    found.require_fingerprint(FINGERPRINT, "s3://b/graph")
+    monkeypatch.setitem(FORMAT, "graph", FORMAT["graph"] + 1)
+    with pytest.raises(ManifestError, match=r"it has format \d, today's is \d; run `gkd partition` again"):
+        found.require_fingerprint("f" * 64, "s3://b/graph")
 
 
 # --- incomplete ------------------------------------------------------------------------------
@@ -194,6 +213,9 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> bytes:
         (lambda b: b.update(meta=[]), r"meta is \[\], expected an object"),
         (lambda b: b.update(parts={}), r"parts is \{\}, expected a list"),
         (lambda b: b.update(num_parts=-1), "num_parts is -1"),
+        (lambda b: b.update(format_version=None), "format_version is None"),
+        (lambda b: b.update(pages=3), "pages is 3, expected a list"),
+        (lambda b: b.update(pages=[3]), r"pages\[0\] is 3, expected an object"),
         (lambda b: b["parts"].append(3), r"parts\[2\] is 3, expected an object"),
         (lambda b: b["parts"][0].update(key="../x"), "expected a key inside the store"),
         (lambda b: b["parts"][0].update(sha256="xyz"), "expected 64 hexadecimal digits"),
