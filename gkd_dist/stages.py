@@ -137,14 +137,16 @@ def _state_digest(state: dict[str, Tensor]) -> str:
 
 
 def _adopt_teacher(session: Session) -> None:
-    from gkd_dist.models.build import build_model
-    from gkd_dist.models.io import ModelSpec, load_weights, save_model
+    from gkd_dist.models.build import build_model, resolve_model
+    from gkd_dist.models.fit import load_weights
+    from gkd_dist.models.io import ModelSpec, save_model
 
     graph, config = open_graph(session), session.config
     meta, state = graph.manifest.meta, _checkpoint(session)
-    model = build_model(config.teacher.model, graph.num_features, int(meta["num_classes"]))
+    kind = resolve_model(config.teacher.model, meta)
+    model = build_model(kind, graph.num_features, int(meta["num_classes"]))
     load_weights(model, state, str(config.teacher.checkpoint))
-    spec = ModelSpec(config.teacher.model, graph.num_features, int(meta["num_classes"]), meta["task"])
+    spec = ModelSpec(kind, graph.num_features, int(meta["num_classes"]), meta["task"])
     session.check_ownership()
     save_model(session.teacher, model, spec, fp.given_teacher_fingerprint(config, _state_digest(state)))
 

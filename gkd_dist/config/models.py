@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from gkd_dist.config.base import Positive, Probability, Section
 
 BUILT_IN_MODELS = ("gcn", "sage", "gat", "gin", "mlp")
+_PYG = "torch_geometric."  # models of PyG: their depth and width are arguments of known names
+_PYG_NAMES = {"layers": "num_layers", "hidden": "hidden_channels"}
+_BUILT_IN_ONLY = ("heads", "norm", "act", "dropout", "input_dropout", "residual")
 
 
 def _module_attr(value: str) -> str:
@@ -30,7 +33,7 @@ class ModelConfig(Section):
     dropout: Probability = Field(0.0, description="after each activation, and on attention coefficients (gat)")
     input_dropout: Probability = Field(0.0, description="on the input features")
     residual: bool = Field(False, description="add a linear skip of the input to each hidden layer")
-    args: dict[str, Any] = Field(default_factory=dict, description="arguments of a user class")
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of a module:attr class")
 
     @field_validator("kind")
     @classmethod
@@ -41,13 +44,34 @@ class ModelConfig(Section):
             raise ValueError(f"expected one of {', '.join(BUILT_IN_MODELS)} or module:attr, got {value!r}")
         return _module_attr(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_from_args(cls, values: Any) -> Any:
+        """Depth and width of a PyG model may be given among its ``args`` alone."""
+        if not isinstance(values, dict) or not str(values.get("kind")).startswith(_PYG):
+            return values
+        args = values.get("args")
+        args = args if isinstance(args, dict) else {}
+        return {**{key: args[name] for key, name in _PYG_NAMES.items() if name in args}, **values}
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.heads > 1 and self.kind in BUILT_IN_MODELS and self.kind != "gat":
             raise ValueError(f"only gat has heads (got kind {self.kind} with heads {self.heads}); set heads to 1")
         if self.args and self.kind in BUILT_IN_MODELS:
             raise ValueError("args is for module:attr models; built-in models take the keys beside it")
+        if self.kind.startswith(_PYG):
+            self._check_pyg()
         return self
+
+    def _check_pyg(self) -> None:
+        for key, name in _PYG_NAMES.items():
+            beside, inside = getattr(self, key), self.args.get(name, getattr(self, key))
+            if beside != inside:
+                raise ValueError(f"{key} is {beside} but args.{name} is {inside}; keep one of them, or make them equal")
+        for key in _BUILT_IN_ONLY:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for built-in models; give {self.kind} what it takes under args")
 
 
 def resolve_layer(layer: int, num_layers: int) -> int:

@@ -26,7 +26,7 @@ from gkd_dist.distill.validation import Metrics, measure_medians, validate
 from gkd_dist.errors import ModelError, NewerModelError, StudentError
 from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.objective import Objective
-from gkd_dist.models.build import build_model
+from gkd_dist.models.build import build_model, resolve_model
 from gkd_dist.models.io import ModelSpec, read_model_document, save_model
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
@@ -151,14 +151,15 @@ class Trainer:
         self.micro_steps = micro_steps(self.plan.full_step, world.world_size)
         self.my_units = list(range(len(units)))[world.rank :: world.world_size]
         self.task_kind: Task = meta["task"]
-        self.spec = ModelSpec(task.model, task.graph.num_features, int(meta["num_classes"]), meta["task"])
+        model = resolve_model(task.model, meta)
+        self.spec = ModelSpec(model, task.graph.num_features, int(meta["num_classes"]), meta["task"])
         self.state = agree_on_checkpoint(task, world)
         self.resumed_from = self.state.global_step
         self.engine = self._start_engine(make_engine)
 
     def _start_engine(self, make_engine: EngineFactory) -> TrainEngine:
         with seeded(torch.device("cpu"), self.task.seed, _INIT):
-            model = build_model(self.task.model, self.spec.in_channels, self.spec.out_channels)
+            model = build_model(self.spec.config, self.spec.in_channels, self.spec.out_channels)
         if self.state.model:
             model.load_state_dict(self.state.model)
         engine = make_engine(model, self.micro_steps)
@@ -290,7 +291,7 @@ class Trainer:
         """Writes the best weights; ``model.json`` comes last and makes the model count."""
         weights = self.state.best or self.engine.model_state()
         if self.world.is_main:
-            model = build_model(self.task.model, self.spec.in_channels, self.spec.out_channels)
+            model = build_model(self.spec.config, self.spec.in_channels, self.spec.out_channels)
             model.load_state_dict(weights)
             summary = self._summary(wall_s, wait_s)
             meta = {"name": self.task.name, "seed": self.task.seed, "summary": vars(summary)}

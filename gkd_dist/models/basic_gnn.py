@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch_geometric.nn.models.basic_gnn import BasicGNN
+from torch_geometric.nn.models.basic_gnn import PNA, BasicGNN
 
+from gkd_dist.config import ModelConfig
+from gkd_dist.errors import ConfigError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.models.pyg_convs import apply_conv, why_not_local
+
+_AGGREGATORS = ("mean", "min", "max", "std")  # those of the paper and of PyG's examples
+_SCALERS = ("identity", "amplification", "attenuation")
 
 
 class BasicGnnLayers:
@@ -65,6 +71,46 @@ class BasicGnnLayers:
         return logits
 
 
+def is_basic_gnn_class(factory: object) -> bool:
+    """True for the classes of which `is_basic_gnn` is true."""
+    return isinstance(factory, type) and issubclass(factory, BasicGNN)
+
+
+def with_graph_args(factory: object, args: Mapping[str, Any], graph_meta: Mapping[str, Any]) -> dict[str, Any]:
+    """``args`` with those that come from the graph: ``deg`` of a `PNA`, its histogram of in-degrees."""
+    if not isinstance(factory, type) or not issubclass(factory, PNA) or "deg" in args:
+        return dict(args)
+    return {**args, "deg": dict(graph_meta["in_degree_histogram"])}
+
+
+def basic_gnn_args(factory: object, config: ModelConfig) -> dict[str, Any]:
+    """Arguments of a `BasicGNN` class beside its input and output width.
+
+    Raises `ConfigError` for a `PNA` without a usable histogram of in-degrees.
+    """
+    args = {"num_layers": config.layers, "hidden_channels": config.hidden, **config.args}
+    if isinstance(factory, type) and issubclass(factory, PNA):
+        args = {"aggregators": list(_AGGREGATORS), "scalers": list(_SCALERS), **args, "deg": _histogram(args)}
+    return args
+
+
+def _histogram(args: Mapping[str, Any]) -> Tensor:
+    """Number of nodes per in-degree, int64 [largest degree + 1], from a list or from a mapping degree: count."""
+    deg = args.get("deg")
+    try:
+        pairs = deg.items() if isinstance(deg, Mapping) else enumerate(deg)  # type: ignore[arg-type]
+        counts = {int(degree): int(count) for degree, count in pairs}
+        histogram = torch.zeros(max(counts) + 1, dtype=torch.int64)
+        for degree, count in counts.items():
+            histogram[degree] = count
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(
+            "PNA needs deg, the number of nodes per in-degree as a list or as a mapping {degree: count} "
+            f"(got {str(deg)[:60]}); give it under model.args, or leave it out to take that of the graph"
+        ) from error
+    return histogram
+
+
 def is_basic_gnn(model: nn.Module) -> bool:
     """True for PyG's `BasicGNN` family and what users derive from it."""
     return isinstance(model, BasicGNN)
@@ -77,5 +123,5 @@ def why_not_basic(model: Any) -> str:
     for position, conv in enumerate(model.convs):
         reason = why_not_local(conv)
         if reason:
-            return f"convs.{position}: {reason}"
+            return f"its convs.{position} is a {reason}"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig
 from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.graph import LocalGraph
-from gkd_dist.models.basic_gnn import is_basic_gnn
+from gkd_dist.models.basic_gnn import basic_gnn_args, is_basic_gnn, is_basic_gnn_class, with_graph_args
 from gkd_dist.models.layered import LayeredModel, forward_layers, is_layered, why_not_layered
 
 _POSITIONAL = (
@@ -25,31 +25,59 @@ _POSITIONAL = (
 def build_model(config: ModelConfig, in_channels: int, out_channels: int) -> nn.Module:
     """The module that ``config`` describes.
 
-    A user class is called as ``attr(in_channels=..., out_channels=..., **args)``. Raises
-    `ConfigError` where it cannot be imported or built.
+    A user class is called as ``attr(in_channels=..., out_channels=..., **args)``; what PyG's
+    ``BasicGNN`` family takes beside these comes from ``layers`` and ``hidden``. Raises `ConfigError`
+    where it cannot be imported or built.
     """
     if config.kind in BUILT_IN_MODELS:
         return LayeredModel(config, in_channels, out_channels)
     factory = import_model(config.kind)
+    args = basic_gnn_args(factory, config) if is_basic_gnn_class(factory) else config.args
     try:
-        model = factory(in_channels=in_channels, out_channels=out_channels, **config.args)
-    except TypeError as error:
+        model = factory(in_channels=in_channels, out_channels=out_channels, **args)
+    except Exception as error:  # whatever the user's own lines raise
+        lines = str(error).splitlines() or ["no message"]
         raise ConfigError(
             f"model kind {config.kind} could not be built with in_channels, out_channels and args "
-            f"{sorted(config.args)}: {error}; its signature is {inspect.signature(factory)}, adjust model.args"
+            f"{sorted(args)}: {_named(error)}{lines[0]}; its signature is {inspect.signature(factory)}, "
+            "adjust model.args"
         ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model kind {config.kind} gave a {type(model).__name__}; it must give a torch.nn.Module")
-    _check_depth(config, model)
+    _check_sizes(config, model)
     return model
 
 
-def _check_depth(config: ModelConfig, model: nn.Module) -> None:
-    """``layers`` of the configuration decides halo and layer numbers, so it must be the truth."""
+def resolve_model(config: ModelConfig, graph_meta: Mapping[str, Any]) -> ModelConfig:
+    """``config`` with what a model takes from the graph it is made for, so that it can be built without that graph.
+
+    ``graph_meta`` is the ``meta`` of the graph's manifest. Raises `ConfigError` where the class
+    cannot be imported.
+    """
+    if config.kind in BUILT_IN_MODELS:
+        return config
+    factory = import_model(config.kind)
+    if not is_basic_gnn_class(factory):
+        return config
+    args = with_graph_args(factory, config.args, graph_meta)
+    return config.model_copy(update={"args": args})
+
+
+def _named(error: Exception) -> str:
+    return "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
+
+
+def _check_sizes(config: ModelConfig, model: nn.Module) -> None:
+    """``layers`` and ``hidden`` of the configuration decide halo and layer numbers, so they must be the truth."""
     depth = getattr(model, "num_layers", config.layers)
     if depth != config.layers:
         raise ConfigError(
             f"model kind {config.kind} has {depth} layers, the configuration says {config.layers}; set layers={depth}"
+        )
+    hidden = model.hidden_channels if is_basic_gnn(model) else config.hidden
+    if hidden != config.hidden:
+        raise ConfigError(
+            f"model kind {config.kind} is {hidden} wide, the configuration says {config.hidden}; set hidden={hidden}"
         )
 
 

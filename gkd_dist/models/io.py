@@ -20,6 +20,7 @@ from gkd_dist import layout
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig, StorageConfig
 from gkd_dist.errors import DataError, JsonError, ModelError, NewerModelError, ObjectNotFoundError
 from gkd_dist.models.build import build_model
+from gkd_dist.models.fit import load_weights
 from gkd_dist.shards.codec import decode, encode
 from gkd_dist.storage import Storage
 
@@ -136,26 +137,6 @@ def _read_weights(storage: Storage, document: dict[str, Any]) -> dict[str, Tenso
     return decode(data)
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """``load_state_dict`` with one sentence instead of a page where the state does not fit."""
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or extra:
-        parts = [f"lacks {missing[0]} ({len(missing)} missing)"] if missing else []
-        parts += [f"has the unknown {extra[0]} ({len(extra)} unknown)"] if extra else []
-        raise ModelError(
-            f"the weights at {where} do not fit the model: it {' and '.join(parts)}; correct model kind, layers or norm"
-        )
-    for name, value in own.items():
-        if value.shape != state[name].shape:
-            raise ModelError(
-                f"the weights at {where} do not fit: {name} has shape {list(state[name].shape)}, the model and the "
-                f"data need {list(value.shape)}; correct the model's hidden, heads and layers, or use data of the "
-                "same width"
-            )
-    model.load_state_dict(state)
-
-
 def read_checkpoint(url: str, config: StorageConfig | None = None) -> dict[str, Tensor]:
     """Weights from a user's checkpoint: a model folder, a safetensors file or a ``state_dict``.
 
@@ -188,9 +169,15 @@ def _decode_state_dict(data: bytes, url: str) -> dict[str, Tensor]:
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file; all mean the same to the user
+        found = _objects(data)
+        holds = (
+            f"holds more than tensors ({found})"
+            if found
+            else f"is truncated or holds more than tensors ({error!s:.40})"
+        )
         raise ModelError(
-            f"the checkpoint {url} is truncated or holds more than tensors ({type(error).__name__}); "
-            "save it as safetensors or as a plain state_dict"
+            f"the checkpoint {url} {holds}, and objects can run code when they are read; "
+            "save it as safetensors or as a plain state_dict: torch.save(model.state_dict(), path)"
         ) from error
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -199,6 +186,15 @@ def _decode_state_dict(data: bytes, url: str) -> dict[str, Tensor]:
         raise ModelError(f"the checkpoint {url} is no state_dict of tensors; save model.state_dict()")
     wrapped = all(name.startswith("module.") for name in state)  # saved from DataParallel
     return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+
+
+def _objects(data: bytes) -> str:
+    """Classes and functions that a pickle names beside tensors, without running any; empty where unknown."""
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
+    except Exception:  # not a zip file of torch: a legacy or a damaged one
+        return ""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def load_model(url: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None) -> nn.Module:

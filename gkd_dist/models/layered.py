@@ -82,7 +82,8 @@ def why_not_layered(model: nn.Module) -> str:
         return ""
     if is_basic_gnn(model):
         return why_not_basic(model)
-    return f"{type(model).__name__} has no {' and no '.join(lacks)}"
+    names = " and ".join([", ".join(lacks[:-1]), lacks[-1]] if len(lacks) > 1 else lacks)
+    return f"{type(model).__name__} does not follow the layer protocol, it lacks {names}"
 
 
 def is_layered(model: nn.Module) -> bool:
@@ -126,12 +127,23 @@ def forward_layers(
     outputs: dict[int, Tensor] = {}
     h = stack.activate(0, x)
     for layer in range(1, stack.num_layers + 1):
-        z = stack.forward_layer(layer, h, graph)
+        z = checked_layer(model, layer, stack.forward_layer(layer, h, graph), graph)
         if layer in wanted:
             outputs[layer] = z
         if layer < stack.num_layers:
             h = stack.activate(layer, z)
     return stack.readout(outputs), {layer: outputs[layer] for layer in sorted(set(layers))}
+
+
+def checked_layer(model: nn.Module, layer: int, z: Tensor, graph: LocalGraph) -> Tensor:
+    """``z``, which ``forward_layer`` gave; `ModelError` where it has not one row per node."""
+    if not isinstance(z, Tensor) or z.dim() != 2 or z.size(0) != graph.num_nodes:
+        found = f"shape {list(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise ModelError(
+            f"forward_layer({layer}) of {type(model).__name__} gave {found} for {graph.num_nodes} nodes; "
+            "it must give one row per node"
+        )
+    return z
 
 
 def as_local_graph(edges: LocalGraph | Tensor, num_nodes: int, edge_weight: Tensor | None = None) -> LocalGraph:

@@ -43,15 +43,20 @@ class ModelCheck:
         """What a run says of it."""
         if self.layered:
             return f"{self.name} runs layer by layer: exact"
-        how = f"{self.name} runs as a whole on each part with its halo of {halo_hops} hops (k-hop mode: {self.reason})"
-        if self.exact(halo_hops):
-            return f"{how}: exact, it looks {self.hops} hops far"
+        halo = f"its halo of {_hops_of(halo_hops)}"
+        how = f"{self.name} runs as a whole on each part, with {halo} (k-hop mode, because {self.reason})"
+        if self.hops is not None and self.exact(halo_hops):
+            return f"{how}: exact, it looks {_hops_of(self.hops)} far"
         if self.hops is None:
             return f"{how}: approximate, it looks more than {_MAX_HOPS} hops far"
         return (
-            f"{how}: approximate, it looks {self.hops} hops far; "
+            f"{how}: approximate, it looks {_hops_of(self.hops)} far; "
             f"set partition.halo_hops={self.hops} for exact results and run again"
         )
+
+
+def _hops_of(count: int) -> str:
+    return "1 hop" if count == 1 else f"{count} hops"
 
 
 @torch.no_grad()
@@ -153,12 +158,6 @@ def _check_layers(name: str, stack: Layers, tiny: TinyGraph, logits: Tensor) -> 
     h, outputs = stack.activate(0, tiny.x), {}
     for layer in range(1, stack.num_layers + 1):
         z = stack.forward_layer(layer, h, tiny.graph)
-        if not isinstance(z, Tensor) or z.dim() != 2 or z.size(0) != h.size(0):
-            found = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise ModelError(
-                f"forward_layer({layer}) of {name} gave shape {found} for {h.size(0)} nodes; "
-                "it must give one row per node"
-            )
         here = stack.forward_layer(layer, h[nodes], part.graph)[: owned.numel()]
         _must_agree(here, z[owned], f"forward_layer({layer}) of {name} needs more than the in-edges of a node")
         outputs[layer] = z

@@ -32,20 +32,20 @@ _LOCAL = (
 
 
 def why_not_local(conv: nn.Module) -> str:
-    """Why ``conv`` cannot run on a part with one hop of halo; empty where it can."""
+    """Why ``conv`` cannot run on a part with one hop of halo, as what it is; empty where it can."""
     if isinstance(conv, _OURS):
         return ""
     name = type(conv).__name__
     if getattr(conv, "flow", "source_to_target") != "source_to_target":
-        return f"{name} with flow={conv.flow!r} reads out-edges"
+        return f"{name} with flow={conv.flow!r}, which reads out-edges"
     if type(conv) is pyg.GCNConv:
         is_sum = type(conv.aggr_module) is SumAggregation
-        return "" if is_sum else f"GCNConv with aggr={conv.aggr!r} has no sparse product"
+        return "" if is_sum else f"GCNConv with aggr={conv.aggr!r}, which is not a sum"
     if type(conv) in _LOCAL:
         return ""
     if not isinstance(conv, pyg.MessagePassing):
-        return f"{name} is not a convolution of PyG"
-    return f"{name} may need more than the in-edges of a node (degrees of its neighbours, further hops)"
+        return f"{name}, which is not a convolution of PyG"
+    return f"{name}, which may need more than the in-edges of a node (degrees of its neighbours, further hops)"
 
 
 def sparse_forward(conv: nn.Module) -> Callable[..., Tensor] | None:

@@ -207,10 +207,10 @@ def test_a_checkpoint_with_code_in_it(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("teacher.model.hidden=32", "has shape [16, 8], the model and the data need [32, 8]"),
+        ("teacher.model.hidden=32", "[16, 8], needed [32, 8]"),
         ("teacher.model.kind=gcn", "do not fit the model"),
-        ("teacher.model.norm=layer", "lacks"),
-        ("graph.source.num_features=9", "has shape [16, 8], the model and the data need [16, 9]"),
+        ("teacher.model.norm=layer", "2 missing (norms.0.bias [16], norms.0.weight [16])"),
+        ("graph.source.num_features=9", "[16, 8], needed [16, 9]"),
     ],
 )
 def test_a_teacher_that_does_not_fit(job: Job, teacher: Path, override: str, sentence: str) -> None:
