@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 		echo "make install: $(PYTHON) cannot make virtual environments; install its venv package (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(LOCKED_TORCH) setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[s3,gcs,azure,dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[s3,gcs,azure,fast,dev]'
 	@touch $@
 
 quickstart: install ## partition, teach, infer, distill, evaluate: minutes on two cores

@@ -28,6 +28,7 @@ class StorageConfig(Section):
         16 << 20, description="objects above this go to an object store in parts of it; at least 5 MiB"
     )
     uploads_at_once: Positive = Field(4, description="parts of one object on their way at a time, each held in memory")
+    native_reads: bool = Field(True, description="read S3 objects through obstore where it is installed (extra `fast`)")
 
 
 class RayConfig(Section):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
@@ -18,8 +19,10 @@ from fsspec.asyn import AsyncFileSystem, sync
 from gkd_dist.errors import ConfigError
 from gkd_dist.storage import clients
 from gkd_dist.storage.errors import http_status, is_not_found, is_retryable
+from gkd_dist.storage.native import open_reader
 from gkd_dist.storage.uploads import UPLOADS, Upload
 
+Buffer = bytes | memoryview
 _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 << 20
@@ -34,8 +37,9 @@ class RemoteBackend:
 
     batch_bytes = _CHUNK_BYTES * _CHUNKS_AT_ONCE
 
-    def __init__(self, protocol: str, options: dict[str, Any], timeout_s: float) -> None:
+    def __init__(self, protocol: str, options: dict[str, Any], timeout_s: float, native_reads: bool = True) -> None:
         self.protocol = protocol
+        self._native = open_reader(protocol, options, timeout_s) if native_reads else None
         self._options = clients.options(protocol, options, timeout_s)
         self._timeout_s = timeout_s
         self._opened: tuple[int, fsspec.AbstractFileSystem] | None = None
@@ -51,8 +55,8 @@ class RemoteBackend:
     def read(self, path: str, start: int, stop: int | None) -> bytes:
         """Bytes ``[start, stop)`` that exist, like a slice."""
         if stop is not None and stop - start <= _CHUNK_BYTES:
-            return self._read_chunk(path, start, stop)
-        pieces = []
+            return bytes(self._read_chunk(path, start, stop))
+        pieces: list[Buffer] = []
         while stop is None or start < stop:
             end = start + _CHUNK_BYTES if stop is None else min(stop, start + _CHUNK_BYTES)
             pieces.append(self._read_chunk(path, start, end))
@@ -63,20 +67,23 @@ class RemoteBackend:
 
     def read_into(self, path: str, view: memoryview, start: int) -> int:
         """Fills ``view`` from offset ``start``; the number of bytes read, short at the end of the object."""
-        offsets = list(range(0, len(view), _CHUNK_BYTES))
-        if len(offsets) <= 1 or not isinstance(self.fs, AsyncFileSystem):
-            return _place(view, self.read(path, start, start + len(view)), 0)
-        starts = [start + offset for offset in offsets]
+        starts = [start + offset for offset in range(0, len(view), _CHUNK_BYTES)]
         ends = [min(start + len(view), s + _CHUNK_BYTES) for s in starts]
+        if len(starts) <= 1:
+            return _place(view, self._read_chunk(path, start, start + len(view)), 0)
+        if self._native is not None:
+            with ThreadPoolExecutor(_CHUNKS_AT_ONCE, "chunks") as pool:
+                return _fill(
+                    view, start, starts, ends, pool.map(lambda s, e: self._read_chunk(path, s, e), starts, ends)
+                )
+        if not isinstance(self.fs, AsyncFileSystem):
+            return _place(view, self.read(path, start, start + len(view)), 0)
         pieces = self._call("cat_ranges", len(view), [path] * len(starts), starts, ends, on_error="return")
-        done = 0
-        for first, last, piece in zip(starts, ends, pieces, strict=True):
-            if isinstance(piece, BaseException):
-                piece = self._after_error(path, first, piece)
-            done = _place(view, piece, first - start)
-            if len(piece) < last - first:
-                break
-        return done
+        checked = (
+            self._after_error(path, first, piece) if isinstance(piece, BaseException) else piece
+            for first, piece in zip(starts, pieces, strict=True)
+        )
+        return _fill(view, start, starts, ends, checked)
 
     def write(self, path: str, data: bytes | bytearray | memoryview) -> None:
         """Stores the object."""
@@ -136,9 +143,11 @@ class RemoteBackend:
     def tidy(self, root: str) -> None:
         """Nothing: an object store has no folders."""
 
-    def _read_chunk(self, path: str, start: int, end: int) -> bytes:
+    def _read_chunk(self, path: str, start: int, end: int) -> Buffer:
         if start >= end:
             return b""
+        if self._native is not None and (found := self._native.read(path, start, end)) is not None:
+            return memoryview(found)
         try:
             return bytes(self._call("cat_file", end - start, path, start=start, end=end))
         except Exception as error:
@@ -164,7 +173,17 @@ class RemoteBackend:
         return sync(self.fs.loop, coroutine, *args, timeout=limit, **kwargs)
 
 
-def _place(view: memoryview, piece: bytes, offset: int) -> int:
+def _fill(view: memoryview, start: int, starts: Sequence[int], ends: Sequence[int], pieces: Iterable[Buffer]) -> int:
+    """Puts the pieces of an object into ``view``, up to the first one that is short; the number of bytes."""
+    done = 0
+    for first, last, piece in zip(starts, ends, pieces, strict=True):
+        done = _place(view, piece, first - start)
+        if len(piece) < last - first:
+            break
+    return done
+
+
+def _place(view: memoryview, piece: Buffer, offset: int) -> int:
     view[offset : offset + len(piece)] = piece
     return offset + len(piece)
 

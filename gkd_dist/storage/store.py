@@ -275,4 +275,4 @@ def _make_backend(protocol: str, config: StorageConfig) -> Backend:
         )
     from gkd_dist.storage.remote import RemoteBackend  # only here: a local run needs no fsspec
 
-    return RemoteBackend(protocol, options, config.timeout_s)
+    return RemoteBackend(protocol, options, config.timeout_s, config.native_reads)

@@ -30,7 +30,7 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProx
 @pytest.fixture
 def store(proxy: FaultProxy) -> Storage:
     options = {"s3": {"endpoint_url": proxy.endpoint}}
-    config = StorageConfig(options=options, retries=3, timeout_s=5, upload_part_bytes=5 * MIB)
+    config = StorageConfig(options=options, retries=3, timeout_s=5, upload_part_bytes=5 * MIB, native_reads=False)
     store = Storage.open("s3://bucket/run", config)
     store.write("key", DATA)
     proxy.requests.clear()

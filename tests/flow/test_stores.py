@@ -22,7 +22,7 @@ from gkd_dist.storage import Storage
 from gkd_dist.storage import errors as storage_errors
 
 MIB = 1 << 20
-KINDS = ("file", "memory", "s3", "gs", "abfs")
+KINDS = ("file", "memory", "s3", "s3, obstore", "gs", "abfs")
 REMOTE = ("s3", "gs", "abfs")
 
 
@@ -32,12 +32,13 @@ class Place:
 
     url: str
     options: dict[str, Any] = field(default_factory=dict)
+    native: bool = False
 
     def open(self, prefix: str = "run", **config: Any) -> Storage:
         """A store below the root."""
         protocol = self.url.partition(":")[0]
-        settings = {"retries": 1, "timeout_s": 10, "options": {protocol: self.options}, **config}
-        return Storage.open(f"{self.url}/{prefix}", StorageConfig(**settings))
+        settings = {"retries": 1, "timeout_s": 10, "options": {protocol: self.options}, "native_reads": self.native}
+        return Storage.open(f"{self.url}/{prefix}", StorageConfig(**{**settings, **config}))
 
 
 @pytest.fixture(params=KINDS)
@@ -55,11 +56,14 @@ def make_place(request: pytest.FixtureRequest, kind: str, folder: Path) -> Place
         return Place(f"file://{folder}")
     if kind == "memory":
         return Place(f"memory://{uuid.uuid4().hex}")
-    if kind == "s3":
+    if kind == "s3, obstore":
+        pytest.importorskip("obstore", reason="needs the extra: pip install 'gkd_dist[fast]'")
+    if kind.startswith("s3"):
         pytest.importorskip("s3fs", reason="needs the extra: pip install 'gkd_dist[s3]'")
         pytest.importorskip("moto", reason="needs the extra: pip install 'gkd_dist[dev]'")
-    request.getfixturevalue({"s3": "s3_server", "gs": "gs_server", "abfs": "azure_server"}[kind])
-    return Place(f"{kind}://{BUCKET}", {"token": "anon"} if kind == "gs" else {})
+    protocol = kind.partition(",")[0]
+    request.getfixturevalue({"s3": "s3_server", "gs": "gs_server", "abfs": "azure_server"}[protocol])
+    return Place(f"{protocol}://{BUCKET}", {"token": "anon"} if kind == "gs" else {}, native="obstore" in kind)
 
 
 @pytest.fixture
@@ -254,3 +258,67 @@ def test_a_part_of_a_big_object_is_tried_again_by_itself(remote: Place, proxy: F
     sends = proxy.requests.count("PUT") + proxy.requests.count("POST")
     assert sends <= 3 + 2 + 1
     assert store.read("big") == data
+
+
+# --- the native reader of S3 -----------------------------------------------------------------
+
+
+@pytest.fixture
+def native(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return make_place(request, "s3, obstore", tmp_path)
+
+
+def test_what_goes_wrong_in_the_native_reader_is_read_by_s3fs(
+    native: Place, s3_server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage_errors, "FIRST_PAUSE_S", 0.01)
+    with fault_proxy(s3_server) as proxy:
+        native.options["endpoint_url"] = proxy.endpoint
+        store, data = native.open(), os.urandom(41 * MIB)
+        store.write("key", data)
+        proxy.requests.clear()
+        buffer = bytearray(len(data))
+        for fault in ("503", "short", "reset"):
+            proxy.plan = [Fault(fault, "GET", nth=2)]
+            assert store.read_into("key", buffer) == len(data)
+            assert buffer == data
+            assert proxy.plan[0].struck == 1
+        assert proxy.requests.count("GET") == 3 * (6 + 1)  # six ranges each, and the one that failed
+        assert caplog.text == ""  # no attempt of ours was needed
+        proxy.plan = [Fault("503", "GET", times=1000)]
+        with pytest.raises(StorageError, match="after 2 attempts: the store cannot be reached or is overloaded"):
+            store.read("key")
+
+
+def test_the_native_reader_serves_and_stands_back_after_a_fork(native: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = native.open()
+    store.write("key", bytes(range(100)))
+    reads: list[str] = []
+    real = type(store._backend.fs)._cat_file  # type: ignore[attr-defined]
+
+    async def cat_file(self: Any, path: str, **options: Any) -> bytes:
+        reads.append(path)
+        return await real(self, path, **options)
+
+    monkeypatch.setattr(type(store._backend.fs), "_cat_file", cat_file)  # type: ignore[attr-defined]
+    assert store.read("key") == bytes(range(100))
+    assert store.read_range("key", 90, 200) == bytes(range(90, 100))
+    assert reads == []
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if store.read("key") == bytes(range(100)) and reads else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("elsewhere", ["profile", "option", "no key"])
+def test_the_native_reader_is_left_out_where_only_s3fs_knows_how_to_log_in(
+    native: Place, elsewhere: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native.open()._backend._native is not None  # type: ignore[attr-defined]
+    if elsewhere == "profile":
+        monkeypatch.setenv("AWS_PROFILE", "team")
+    elif elsewhere == "option":
+        native.options["anon"] = True
+    else:
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert native.open()._backend._native is None  # type: ignore[attr-defined]
