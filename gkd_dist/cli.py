@@ -202,7 +202,7 @@ def _run(args: argparse.Namespace) -> int:
 
     config = _load(args)
     if args.dry_run:
-        _print_plan(plan_run(config, args.redo), args.json)
+        _print_plan(config, plan_run(config, args.redo), args.json)
         return 0
     check_launcher(config)
     with driving(config, take_over=args.take_over) as session:
@@ -217,7 +217,7 @@ def _stage(args: argparse.Namespace) -> int:
     config, stage = _load(args), flow.stage(args.command)
     if args.dry_run:
         decisions = [d for d in plan_run(config, [stage.name] if args.redo else []) if d.stage == stage.name]
-        _print_plan(decisions, args.json)
+        _print_plan(config, decisions, args.json)
         return 0
     with driving(config, take_over=args.take_over, follow=is_follower(config, stage.name)) as session:
         flow.require_before(session, stage.name)
@@ -237,13 +237,21 @@ def _stage(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(decisions: list[flow.Decision], as_json: bool) -> None:
+def _print_plan(config: Config, decisions: list[flow.Decision], as_json: bool) -> None:
+    from gkd_dist.driver import graph_meta
+    from gkd_dist.plan import format_knowledge, knowledge_json
+
+    infers = any(decision.stage == "infer" for decision in decisions)
+    meta = graph_meta(config) if infers else None
     if as_json:
-        print(json.dumps([vars(decision) for decision in decisions], indent=1))
+        stored = {"infer": {"knowledge": knowledge_json(config, meta)}}
+        print(json.dumps([vars(decision) | stored.get(decision.stage, {}) for decision in decisions], indent=1))
         return
     width = max(len(decision.stage) for decision in decisions)
     for decision in decisions:
         print(f"{decision.stage:<{width}}  {decision.action:<4}  {decision.reason}")
+    if infers:
+        print(format_knowledge(config, meta))
 
 
 def _print_result(session: Any, as_json: bool) -> None:

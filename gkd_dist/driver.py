@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from gkd_dist import layout
 from gkd_dist.config import Config
@@ -50,6 +51,17 @@ def plan_run(config: Config, redo: Collection[str]) -> list[Decision]:
     session = Session.open(config, Progress())
     try:
         return decide(session, redo)
+    finally:
+        session.close()
+
+
+def graph_meta(config: Config) -> dict[str, Any] | None:
+    """Counts of the graph store; None where there is none of this configuration yet."""
+    from gkd_dist import stages
+
+    session = Session.open(config, Progress())
+    try:
+        return stages.open_graph(session).manifest.meta if stages.partition_done(session) else None
     finally:
         session.close()
 

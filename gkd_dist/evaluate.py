@@ -21,6 +21,7 @@ from gkd_dist.partition.store import GraphStore, local_graph
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
 from gkd_dist.stream.knowledge import KnowledgeStore, Wants, score_name
+from gkd_dist.topk import TopK
 
 Stored = tuple[Storage, Manifest]  # what `infer_nodes` wrote, and where
 _LOGITS = Wants(logits=True)
@@ -43,7 +44,7 @@ def evaluate_logits(graph: GraphStore, predictions: Stored, teacher: Stored | No
     equal = compared = 0
     for part in range(graph.num_parts):
         targets = graph.part(part, ["y", *(f"{split}_mask" for split in SPLITS)])
-        labels = [predicted_labels(_logits(store, part, targets["y"]), task) for store in stores]
+        labels = [_labels(store, part, targets["y"], task) for store in stores]
         counts += torch.stack([split_counts(labels[0], targets["y"], targets[f"{split}_mask"]) for split in SPLITS])
         if teacher is not None:
             equal, compared = equal + int((labels[0] == labels[1]).sum()), compared + labels[0].numel()
@@ -55,15 +56,17 @@ def evaluate_logits(graph: GraphStore, predictions: Stored, teacher: Stored | No
     return found
 
 
-def _logits(store: KnowledgeStore, part: int, y: Tensor) -> Tensor:
+def _labels(store: KnowledgeStore, part: int, y: Tensor, task: str) -> Tensor:
+    """What is predicted for the owned nodes; the first of the largest logits is the class."""
     logits, _ = store.part(part, {}, _LOGITS)
-    if logits is None or logits.size(0) != y.size(0):
-        found = 0 if logits is None else logits.size(0)
+    scores = logits.values if isinstance(logits, TopK) else logits
+    if scores is None or scores.size(0) != y.size(0):
+        found = 0 if scores is None else scores.size(0)
         raise ManifestError(
             f"part {part} in {store.storage.url} has logits of {found} nodes, the graph has {y.size(0)}; "
             "run the inference again"
         )
-    return logits
+    return logits.index[:, 0].long() if isinstance(logits, TopK) else predicted_labels(scores, task)
 
 
 def lsp_divergence(

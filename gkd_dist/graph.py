@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gkd_dist.sparse import CsrPattern, indptr_from_counts, spmm
+from gkd_dist.topk import TopK
 
 Task = Literal["multiclass", "multilabel"]
 SPLITS = ("train", "val", "test")
@@ -211,7 +212,7 @@ class Batch:
 
     Owned nodes come first. ``graph`` has n nodes; all in-edges of owned nodes are its first
     ``num_owned_edges`` edges. ``x`` [n, f]; ``y`` and the masks cover the owned nodes only.
-    ``teacher_logits`` float32 [num_owned, c]; ``teacher_scores[(layer, metric)]`` float32
+    ``teacher_logits`` float32 [num_owned, c], or the largest of them; ``teacher_scores[(layer, metric)]`` float32
     [num_owned_edges], raw scores of the owned in-edges in the order of ``graph``.
     An empty batch (``num_owned == 0``, no nodes) is what a rank without work runs.
     """
@@ -225,7 +226,7 @@ class Batch:
     test_mask: Tensor
     n_id: Tensor
     num_owned: int
-    teacher_logits: Tensor | None = None
+    teacher_logits: Tensor | TopK | None = None
     teacher_scores: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
     @property
@@ -249,6 +250,8 @@ class Batch:
             val_mask=move(self.val_mask),
             test_mask=move(self.test_mask),
             n_id=move(self.n_id),
-            teacher_logits=None if self.teacher_logits is None else move(self.teacher_logits),
+            teacher_logits=None
+            if self.teacher_logits is None
+            else self.teacher_logits.to(device, non_blocking=non_blocking),
             teacher_scores={key: move(value) for key, value in self.teacher_scores.items()},
         )

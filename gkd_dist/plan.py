@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from gkd_dist.config import Config
+from gkd_dist.config import Config, KdLoss
+from gkd_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "uint8": 1}
+_PER_TARGET = 8  # offset and scale of each target node beside scores in bytes
+_LARGEST_INT16 = (1 << 15) - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One stored kind of knowledge over all parts."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
 
 
 def layer_width(config: Config, layer: int, num_classes: int) -> int:
@@ -16,34 +32,135 @@ def layer_width(config: Config, layer: int, num_classes: int) -> int:
     return num_classes if layer == model.layers else model.hidden * model.heads
 
 
-def plan_knowledge(config: Config, meta: dict[str, Any]) -> tuple[dict[int, set[str]], set[int]]:
-    """(metrics per layer stored as scores, layers stored as embeddings)."""
+def scores_dtype(config: Config) -> str:
+    """Dtype of stored scores."""
+    return config.infer.scores_dtype or config.infer.dtype
+
+
+def plan_knowledge(config: Config, meta: Mapping[str, Any]) -> tuple[dict[int, set[str]], set[int]]:
+    """(metrics per layer stored as scores, layers stored as embeddings).
+
+    ``meta`` is that of the graph manifest. Raises `ConfigError` where ``infer.max_kl`` would have to
+    be kept by embeddings, whose scores nobody measures.
+    """
     scores: dict[int, set[str]] = {}
     embeddings: set[int] = set()
     for layer, metrics in config.knowledge_layers().items():
-        width = layer_width(config, layer, int(meta["num_classes"]))
-        per_edge = len(metrics) * meta["num_edges"]
-        per_node = width * meta["num_nodes"] * (1 + meta["halo_factor"])
         choice = config.infer.scores
         if choice == "auto":
-            choice = "scores" if per_edge <= per_node else "embeddings"
+            smaller = _score_bytes(config, meta) * len(metrics) <= _embedding_bytes(config, meta, layer)
+            choice = "scores" if smaller else "embeddings"
         if choice == "scores":
             scores[layer] = set(metrics)
+        elif config.infer.max_kl is not None and config.infer.dtype != "fp32":
+            raise ConfigError(
+                f"infer.max_kl is kept by stored scores, but layer {layer} is to be stored as embeddings in "
+                f"{config.infer.dtype}; set infer.scores=scores, infer.dtype=fp32 or infer.max_kl=null"
+            )
         else:
             embeddings.add(layer)
     return scores, embeddings
 
 
-def say_knowledge(config: Config, meta: dict[str, Any]) -> None:
-    """Tells what is stored of each layer, and from which average degree on the other form is smaller."""
+def _score_bytes(config: Config, meta: Mapping[str, Any]) -> int:
+    """Of the scores of one layer and metric."""
+    dtype = scores_dtype(config)
+    return _BYTES[dtype] * int(meta["num_edges"]) + (_PER_TARGET * int(meta["num_nodes"]) if dtype == "uint8" else 0)
+
+
+def _num_rows(meta: Mapping[str, Any]) -> int:
+    """Owned and first-hop halo nodes of all parts."""
+    return round(meta["num_nodes"] * (1 + meta["halo_factor"]))
+
+
+def _embedding_bytes(config: Config, meta: Mapping[str, Any], layer: int) -> int:
+    width = layer_width(config, layer, int(meta["num_classes"]))
+    return _BYTES[config.infer.dtype] * width * _num_rows(meta)
+
+
+def crossover_degree(config: Config, meta: Mapping[str, Any], layer: int, num_metrics: int) -> float:
+    """Average degree from which on the embeddings of ``layer`` are smaller than its scores."""
+    beside = _PER_TARGET if scores_dtype(config) == "uint8" else 0
+    per_node = _embedding_bytes(config, meta, layer) / max(1, meta["num_nodes"])
+    return max(0.0, per_node / num_metrics - beside) / _BYTES[scores_dtype(config)]
+
+
+def knowledge_kinds(config: Config, meta: Mapping[str, Any]) -> list[Kind]:
+    """Everything that ``infer`` will store, with its size; headers of objects left out."""
+    scores, embeddings = plan_knowledge(config, meta)
+    kinds = list(_logit_kinds(config, meta))
+    num_edges, dtype = int(meta["num_edges"]), scores_dtype(config)
+    for layer, metrics in sorted(scores.items()):
+        size = _score_bytes(config, meta)
+        kinds += [Kind(f"scores.{layer}.{metric}", dtype, (num_edges,), size) for metric in sorted(metrics)]
+    for layer in sorted(embeddings):
+        shape = (_num_rows(meta), layer_width(config, layer, int(meta["num_classes"])))
+        kinds.append(Kind(f"embeddings.{layer}", config.infer.dtype, shape, _embedding_bytes(config, meta, layer)))
+    return kinds
+
+
+def _logit_kinds(config: Config, meta: Mapping[str, Any]) -> Iterator[Kind]:
+    num_nodes, classes, dtype = int(meta["num_nodes"]), int(meta["num_classes"]), config.infer.dtype
+    size = _BYTES[dtype] * num_nodes
+    if config.infer.logits == "all" or config.infer.logits >= classes:
+        yield Kind("logits", dtype, (num_nodes, classes), size * classes)
+        return
+    k, temperatures = config.infer.logits, {loss.temperature for loss in config.losses if isinstance(loss, KdLoss)}
+    yield Kind("logits.topk", dtype, (num_nodes, k), size * k)
+    index_bytes = 2 if classes <= _LARGEST_INT16 else 4
+    yield Kind("logits.index", f"int{8 * index_bytes}", (num_nodes, k), index_bytes * num_nodes * k)
+    if temperatures:
+        yield Kind("logits.tail", dtype, (num_nodes, len(temperatures)), size * len(temperatures))
+
+
+def describe_layers(config: Config, meta: Mapping[str, Any]) -> list[str]:
+    """What is stored of each layer, and from which average degree on the other form is smaller."""
     scores, _ = plan_knowledge(config, meta)
-    for layer, metrics in sorted(config.knowledge_layers().items()):
-        width = layer_width(config, layer, int(meta["num_classes"]))
-        log.info(
-            "layer %d: %s stored (average degree %.1f; embeddings of width %d are smaller above %.1f)",
-            layer,
-            "scores" if layer in scores else "embeddings",
-            meta["num_edges"] / meta["num_nodes"],
-            width,
-            width * (1 + meta["halo_factor"]) / len(metrics),
-        )
+    return [
+        f"layer {layer}: {'scores' if layer in scores else 'embeddings'} stored (average degree "
+        f"{meta['num_edges'] / max(1, meta['num_nodes']):.1f}; embeddings of width "
+        f"{layer_width(config, layer, int(meta['num_classes']))} are smaller above "
+        f"{crossover_degree(config, meta, layer, len(metrics)):.1f})"
+        for layer, metrics in sorted(config.knowledge_layers().items())
+    ]
+
+
+def say_knowledge(config: Config, meta: Mapping[str, Any]) -> None:
+    """Tells what `describe_layers` says."""
+    for line in describe_layers(config, meta):
+        log.info("%s", line)
+
+
+def format_knowledge(config: Config, meta: Mapping[str, Any] | None) -> str:
+    """What ``infer`` will store, for people; ``meta`` None: the graph has no store yet."""
+    if meta is None:
+        return "knowledge: sizes are known after partition"
+    kinds = knowledge_kinds(config, meta)
+    width = max(len(kind.name) for kind in kinds)
+    lines = [
+        f"  {kind.name:<{width}}  {kind.dtype:<5}  {' x '.join(f'{n:,}' for n in kind.shape):>20}  "
+        f"{kind.num_bytes:>16,} bytes"
+        for kind in kinds
+    ]
+    total = sum(kind.num_bytes for kind in kinds)
+    return "\n".join([f"knowledge: {total:,} bytes in all parts", *lines, *describe_layers(config, meta)])
+
+
+def knowledge_json(config: Config, meta: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The same as JSON values."""
+    if meta is None:
+        return None
+    kinds = knowledge_kinds(config, meta)
+    layers = {
+        str(layer): {
+            "metrics": sorted(metrics),
+            "crossover_degree": crossover_degree(config, meta, layer, len(metrics)),
+        }
+        for layer, metrics in sorted(config.knowledge_layers().items())
+    }
+    return {
+        "kinds": [vars(kind) for kind in kinds],
+        "num_bytes": sum(kind.num_bytes for kind in kinds),
+        "average_degree": meta["num_edges"] / max(1, meta["num_nodes"]),
+        "layers": layers,
+    }

@@ -23,7 +23,8 @@ from torch import Tensor
 from gkd_dist import layout
 from gkd_dist.config import InferConfig, StorageConfig
 from gkd_dist.errors import ConfigError
-from gkd_dist.infer.knowledge import LOGITS, embedding_name
+from gkd_dist.infer.knowledge import embedding_name
+from gkd_dist.infer.packing import LOGITS
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import Executor, infer_nodes
 from gkd_dist.metrics import predicted_labels

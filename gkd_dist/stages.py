@@ -208,7 +208,12 @@ def _infer_fingerprint(session: Session) -> str:
     graph = open_graph(session)
     document = read_model_document(session.teacher)
     scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
-    wants = {"scores": {str(k): sorted(v) for k, v in scores.items()}, "embeddings": sorted(embeddings)}
+    wants: dict[str, Any] = {
+        "scores": {str(k): sorted(v) for k, v in scores.items()},
+        "embeddings": sorted(embeddings),
+    }
+    if session.config.infer.logits != "all":
+        wants["logits"] = [session.config.infer.logits, *packing(session.config).temperatures]
     return fp.knowledge_fingerprint(session.config, teach_fingerprint(session), document["weights"]["sha256"], wants)
 
 
@@ -395,7 +400,12 @@ def _follow_many(bar: Any, epochs: int, names: list[str]) -> Any:
 
 
 def check_losses(config: Config, graph: GraphStore) -> None:
-    """`DataError` for an LSP term on a graph without edges."""
+    """`DataError` for an LSP term on a graph without edges, `ConfigError` for the largest of binary labels."""
+    if config.infer.logits != "all" and graph.manifest.meta["task"] == "multilabel":
+        raise ConfigError(
+            f"infer.logits is {config.infer.logits}, but the labels of this graph are each yes or no and have no "
+            "largest ones; set infer.logits=all"
+        )
     has_lsp = any(loss.kind == "lsp" for loss in config.losses)
     if has_lsp and not any(part.counts["num_lsp_nodes"] for part in graph.manifest.parts):
         raise DataError(

@@ -69,6 +69,7 @@ class InferConfig(Section):
     threads: Positive = Field(1, description="torch threads of each actor")
     window: Positive = Field(2, description="tasks in flight per actor")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of stored logits, embeddings and scores")
+    logits: AllOr = Field("all", description="stored of each node: all, or the k largest with the weight of the rest")
     scores: Literal["auto", "scores", "embeddings"] = Field("auto", description="what LSP reads; auto: the smaller")
     scores_dtype: Literal["fp32", "fp16", "bf16", "uint8"] | None = Field(
         None, description="of stored scores; null: dtype; uint8: affine per target node"
@@ -81,7 +82,7 @@ class InferConfig(Section):
 
     def exact(self) -> InferConfig:
         """The same actors, everything stored as it was computed."""
-        return self.model_copy(update={"dtype": "fp32", "scores_dtype": None, "max_kl": None})
+        return self.model_copy(update={"dtype": "fp32", "logits": "all", "scores_dtype": None, "max_kl": None})
 
 
 class StudentConfig(Section):

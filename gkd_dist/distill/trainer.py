@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dist import layout
-from gkd_dist.config import Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
+from gkd_dist.config import KdLoss, Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
 from gkd_dist.distill.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
@@ -102,7 +102,8 @@ def teacher_wants(losses: tuple[Loss, ...], teacher_layers: int) -> Wants:
     """What the terms read of the teacher."""
     lsp = [loss for loss in losses if isinstance(loss, LspLoss)]
     scores = {(resolve_layer(loss.teacher_layer, teacher_layers), loss.metric) for loss in lsp}
-    return Wants.of(any(loss.kind == "kd" for loss in losses), scores)
+    temperatures = {loss.temperature for loss in losses if isinstance(loss, KdLoss)}
+    return Wants.of(bool(temperatures), scores, temperatures)
 
 
 def build_objective(task: TrainTask) -> Objective:

@@ -2,7 +2,9 @@
 
 A knowledge part lies beside the graph part of the same number and holds, each only if wanted::
 
-    logits                     [o, c]    outputs of the last layer
+    logits                     [o, c]    outputs of the last layer, or instead
+    logits.topk, logits.index  [o, k]    the largest of them and their classes, and
+    logits.tail                [o, t]    what the others weigh at each temperature
     scores.<layer>.<metric>    [m]       raw scores of the in-edges of owned nodes, in edge order
       … .offset, … .scale      [o]       beside them where they are uint8
     embeddings.<layer>         [n, d_l]  z_l of owned nodes and of their first halo hop
@@ -26,7 +28,6 @@ from gkd_dist.models.io import ModelSpec
 from gkd_dist.shards.manifest import ObjectEntry
 
 KIND = "knowledge"
-LOGITS = "logits"
 Histogram = dict[int, int]  # key of `losses.median` to count, only where the count is not 0
 
 
@@ -38,6 +39,15 @@ def score_name(layer: int, metric: str) -> str:
 def embedding_name(layer: int) -> str:
     """Name of a stored embedding tensor."""
     return f"embeddings.{layer}"
+
+
+def measured_scores(wants: Wants, packing: Packing) -> dict[int, set[str]]:
+    """Metrics per layer whose median the manifest states: those stored, and those read off embeddings."""
+    measured = {layer: set(metrics) for layer, metrics in wants.scores.items()}
+    for reader in packing.readers:
+        if reader.layer in wants.embeddings:
+            measured.setdefault(reader.layer, set()).add(reader.kernel.metric)
+    return measured
 
 
 def score_histogram(scores: Tensor, self_loops: Tensor) -> Histogram:
@@ -73,12 +83,17 @@ def knowledge_meta(
     """``meta`` of the manifest; ``depth`` 0 stands for k-hop mode, ``parts`` are the entries of all parts."""
     scores: dict[str, Any] = {}
     bounds: list[dict[str, Any]] = []
-    for layer, metric in wants.score_names():
-        name = score_name(layer, metric)
-        error = worst([score_error(part.meta["floats"][name]) for part in parts if part.counts["num_owned_edges"]])
+    for score in sorted(
+        (layer, metric) for layer, metrics in measured_scores(wants, packing).items() for metric in metrics
+    ):
+        name = score_name(*score)
         median = median_score(histograms.get(name, {}))
-        scores[f"{layer}.{metric}"] = {"median": median, "bound": error.error, "low": error.low, "high": error.high}
-        bounds += [describe(reader, error, median) for reader in packing.readers if reader.score == (layer, metric)]
+        scores[name.removeprefix(SCORES)] = {"median": median}
+        if score in wants.score_names():
+            error = worst([score_error(part.meta["floats"][name]) for part in parts if part.counts["num_owned_edges"]])
+            scores[name.removeprefix(SCORES)] |= {"bound": error.error, "low": error.low, "high": error.high}
+            bounds += [describe(reader, error, median) for reader in packing.readers if reader.score == score]
+    topk = packing.topk_of(spec.out_channels) if wants.logits else None
     return {
         "mode": "layerwise" if depth else "khop",
         "num_layers": spec.config.layers,
@@ -87,6 +102,7 @@ def knowledge_meta(
         "dtype": packing.dtype,
         "scores_dtype": packing.scores_dtype,
         "logits": wants.logits,
+        "topk": None if topk is None else {"k": topk, "temperatures": list(packing.temperatures)},
         "scores": scores,
         "bounds": bounds,
         "embeddings": sorted(wants.embeddings),

@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gkd_dist.config import InferConfig, Loss
+from gkd_dist.config import InferConfig, KdLoss, Loss
 from gkd_dist.losses.bounds import ScoreError, ScoreReader, require_fine, score_readers
 from gkd_dist.shards.quantise import UINT8, pack_float, pack_rows
+from gkd_dist.topk import top_k
 
 SCORES = "scores."
 OFFSET, SCALE = ".offset", ".scale"
+LOGITS, TOP, INDEX, TAIL = "logits", "logits.topk", "logits.index", "logits.tail"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Packing:
 
     dtype: str = "fp16"
     scores_dtype: str = "fp16"
+    topk: int | None = None
+    temperatures: tuple[float, ...] = ()
     max_kl: float | None = None
     readers: tuple[ScoreReader, ...] = ()
 
@@ -37,9 +41,15 @@ class Packing:
         return cls(
             settings.dtype,
             settings.scores_dtype or settings.dtype,
+            None if settings.logits == "all" else settings.logits,
+            tuple(sorted({loss.temperature for loss in losses if isinstance(loss, KdLoss)})),
             settings.max_kl,
             score_readers(losses, teacher_layers),
         )
+
+    def topk_of(self, num_classes: int) -> int | None:
+        """How many logits are kept of a node; None: all."""
+        return self.topk if self.topk is not None and self.topk < num_classes else None
 
 
 def pack_knowledge(
@@ -56,6 +66,12 @@ def pack_knowledge(
         if name.startswith(SCORES):
             found, floats[name] = _pack_scores(name, tensor, indptr, packing.scores_dtype)
             stored |= found
+        elif name == LOGITS and packing.topk_of(tensor.size(1)) is not None:
+            brief = top_k(tensor, int(packing.topk or 0), packing.temperatures)
+            stored[INDEX] = brief.index
+            for part, values in ((TOP, brief.values), (TAIL, brief.tail)):
+                if values.size(1):
+                    stored[part], floats[part] = pack_float(values, packing.dtype)
         else:
             stored[name], floats[name] = pack_float(tensor, packing.dtype)
     require_fine(packing.readers, part_errors(floats), {}, packing.max_kl, packing.scores_dtype, where)

@@ -8,7 +8,7 @@ on how many tasks are in flight.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from gkd_dist import layout
 from gkd_dist.errors import ConfigError, ManifestError, ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.infer import layerwise
-from gkd_dist.infer.knowledge import Histogram, embedding_name, score_histogram, score_name
+from gkd_dist.infer.knowledge import Histogram, embedding_name, measured_scores, score_histogram, score_name
 from gkd_dist.infer.packing import Packing, pack_knowledge
 from gkd_dist.infer.plan import KNOWLEDGE, Task, Wants
 from gkd_dist.models.io import read_model, read_model_document
@@ -149,12 +149,12 @@ class _Work:
         tensors = {embedding_name(layer): outputs[layer] for layer in sorted(wants.embeddings)}
         if wants.logits:
             tensors["logits"] = self._logits(part, outputs)
-        histograms = {}
-        if wants.score_names():
-            scores, graph = self._scores(part, outputs)
+        histograms, measured = {}, measured_scores(wants, self.job.packing)
+        if any(measured.values()):
+            scores, graph = self._scores(part, outputs, measured)
             loops = graph.pattern.rows() == graph.pattern.indices
             histograms = {name: score_histogram(values, loops) for name, values in scores.items()}
-            tensors |= scores
+            tensors |= {score_name(*score): scores[score_name(*score)] for score in wants.score_names()}
         layerwise.check_finite(tensors, str(self.task))
         indptr = part["indptr"][: self.counts["num_owned"] + 1]
         stored, meta = pack_knowledge(tensors, indptr, self.job.packing, f"part {self.task.part}")
@@ -176,12 +176,14 @@ class _Work:
             return outputs[depth][: self.counts["num_owned"]]
         return self._read(Task(depth, self.task.part), "owned")
 
-    def _scores(self, part: dict[str, Tensor], outputs: dict[int, Tensor]) -> tuple[dict[str, Tensor], LocalGraph]:
+    def _scores(
+        self, part: dict[str, Tensor], outputs: dict[int, Tensor], measured: Mapping[int, Collection[str]]
+    ) -> tuple[dict[str, Tensor], LocalGraph]:
         graph = layerwise.one_hop_graph(part, self.counts)
         scores: dict[str, Tensor] = {}
         with self._compute():
             on_device = graph.to(self.job.device)
-            for layer, metrics in sorted(self.job.wants.scores.items()):
+            for layer, metrics in sorted(measured.items()):
                 z = outputs[layer].to(self.job.device)
                 found = layerwise.edge_scores(z, on_device, sorted(metrics))
                 scores |= {score_name(layer, metric): values.cpu() for metric, values in found.items()}

@@ -25,6 +25,7 @@ from gkd_dist.losses.label import label_sum, labelled
 from gkd_dist.losses.lsp import Direction, Reduction, lsp_sum, neighbour_histogram
 from gkd_dist.losses.neighbours import Neighbours
 from gkd_dist.losses.scores import pattern_scores
+from gkd_dist.topk import TopK
 
 
 class Term(Protocol):
@@ -91,9 +92,10 @@ class KdTerm:
         teacher = batch.teacher_logits
         if teacher is None:
             raise DataError(f"loss {self.name} needs teacher logits, but unit {batch.unit} has none; run `gkd infer`")
-        if teacher.shape != (batch.num_owned, logits.size(1)):
+        shape = [teacher.num_nodes, teacher.num_classes] if isinstance(teacher, TopK) else list(teacher.shape)
+        if shape != [batch.num_owned, logits.size(1)]:
             raise DataError(
-                f"loss {self.name}: teacher logits of unit {batch.unit} are {list(teacher.shape)}, "
+                f"loss {self.name}: teacher logits of unit {batch.unit} are {shape}, "
                 f"expected {[batch.num_owned, logits.size(1)]}; teacher and student need the same classes"
             )
         return kd_sum(logits[: batch.num_owned], teacher, self._selected(batch), self.temperature, self.task)

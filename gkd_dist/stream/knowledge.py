@@ -21,23 +21,29 @@ from gkd_dist.shards.manifest import Manifest, ObjectEntry
 from gkd_dist.shards.quantise import unpack_float, unpack_rows
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.storage import Storage
+from gkd_dist.topk import TopK
 
 KIND = "knowledge"
 OFFSET, SCALE = ".offset", ".scale"
+LOGITS, TOP, INDEX, TAIL = "logits", "logits.topk", "logits.index", "logits.tail"
 Score = tuple[int, str]  # (teacher layer from 1, metric)
 
 
 @dataclass(frozen=True)
 class Wants:
-    """What the losses need to know of the teacher: its logits, and raw scores by (layer, metric)."""
+    """What the losses need to know of the teacher: its logits, and raw scores by (layer, metric).
+
+    ``temperatures`` are those that the logits are used at, which matters where only the largest are stored.
+    """
 
     logits: bool = False
     scores: frozenset[Score] = frozenset()
+    temperatures: frozenset[float] = frozenset()
 
     @classmethod
-    def of(cls, logits: bool = False, scores: Iterable[Score] = ()) -> Wants:
-        """The same from any iterable of scores."""
-        return cls(logits, frozenset(scores))
+    def of(cls, logits: bool = False, scores: Iterable[Score] = (), temperatures: Iterable[float] = ()) -> Wants:
+        """The same from any iterables."""
+        return cls(logits, frozenset(scores), frozenset(temperatures))
 
     def __bool__(self) -> bool:
         return self.logits or bool(self.scores)
@@ -62,11 +68,18 @@ class KnowledgeStore(NamedTuple):
         self.manifest.require_parts(len(graph.parts), self.storage.url)
         for entry in self.manifest.parts:
             self._names(entry, wants)
+        topk = self.manifest.meta.get("topk")
+        absent = sorted(wants.temperatures - set(topk["temperatures"])) if topk and wants.logits else []
+        if topk and absent:
+            raise ManifestError(
+                f"knowledge in {self.storage.url} has the top {topk['k']} logits with tails at temperatures "
+                f"{topk['temperatures']}, a kd loss asks for {absent[0]:g}; run `gkd infer` with the losses of this run"
+            )
 
     def part(
         self, index: int, graph_part: dict[str, Tensor], wants: Wants
-    ) -> tuple[Tensor | None, dict[Score, Tensor]]:
-        """Logits float32 [num_owned, c] and scores float32 [num_owned_edges] of part ``index``."""
+    ) -> tuple[Tensor | TopK | None, dict[Score, Tensor]]:
+        """Logits float32 [num_owned, c], or their `TopK`, and scores float32 [num_owned_edges] of part ``index``."""
         entry = self.manifest.parts[index]
         infos = entry.meta["floats"]
         tensors = read_shard(self.storage, entry, self._names(entry, wants))
@@ -80,12 +93,22 @@ class KnowledgeStore(NamedTuple):
             embeddings = floats[embedding_name(layer)]
             inner = inner or local_graph(graph_part, embeddings.size(0), graph_part["y"].size(0))
             scores[layer, metric] = pattern_scores(embeddings, inner.pattern, cast(Metric, metric))
-        return floats.get("logits"), scores
+        return floats.get(LOGITS, self._top_k(floats, tensors)), scores
+
+    def _top_k(self, floats: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> TopK | None:
+        """The largest logits, where these are stored and were read."""
+        if TOP not in floats:
+            return None
+        values, meta = floats[TOP], self.manifest.meta
+        tail = floats.get(TAIL, values.new_empty(values.size(0), 0))
+        return TopK(values, tensors[INDEX], tail, tuple(meta["topk"]["temperatures"]), int(meta["num_classes"]))
 
     def _names(self, entry: ObjectEntry, wants: Wants) -> list[str]:
         """Tensors to read: each score itself or else the embeddings that it follows from."""
         stored = {tensor.name for tensor in entry.tensors}
-        names = {"logits"} if wants.logits else set()
+        names = set()
+        if wants.logits:
+            names = {TOP, INDEX, *(stored & {TAIL})} if TOP in stored else {LOGITS}
         for layer, metric in wants.sorted_scores():
             score, embeddings = score_name(layer, metric), embedding_name(layer)
             if not stored & {score, embeddings}:

@@ -24,6 +24,7 @@ from gkd_dist.sparse import CsrPattern
 from gkd_dist.storage import Storage
 from gkd_dist.stream.knowledge import NOTHING, KnowledgeStore, Score, Wants
 from gkd_dist.stream.merge import LocalPart, merge_edges, merge_nodes
+from gkd_dist.topk import TopK, concatenate
 
 EMPTY_UNIT = -1  # `Batch.unit` of an empty batch
 _OWNED = ("y", *(f"{split}_mask" for split in SPLITS))
@@ -110,7 +111,7 @@ class UnitLoader:
         label_bytes = 8 if meta["task"] == "multiclass" else 4 * classes
         per_node = 4 * self.graph.num_features + 8 + 16 + 4 + 1  # x, n_id, both indptr, degree, loop
         per_edge = 3 * 8 + 4 * bool(meta.get("has_edge_weight", False)) + 4 * self.graph.num_edge_features
-        per_owned = label_bytes + len(SPLITS) + (4 * classes if self.wants.logits else 0)
+        per_owned = label_bytes + len(SPLITS) + self._logit_bytes(classes)
         total = 16
         for part in self.units[unit]:
             entry = self.graph.manifest.parts[part]
@@ -118,6 +119,13 @@ class UnitLoader:
             total += per_node * entry.meta["hop_ptr"][self.hops] + per_edge * counts["num_edges"]
             total += per_owned * counts["num_owned"] + 4 * len(self.wants.scores) * counts["num_owned_edges"]
         return total
+
+    def _logit_bytes(self, classes: int) -> int:
+        """Of the teacher's logits, per owned node."""
+        if self.knowledge is None or not self.wants.logits:
+            return 0
+        topk = self.knowledge.manifest.meta.get("topk")
+        return 4 * classes if topk is None else 8 * topk["k"] + 4 * len(topk["temperatures"])
 
     def _part(self, index: int) -> LocalPart:
         hop_ptr = tuple(self.graph.manifest.parts[index].meta["hop_ptr"])
@@ -142,12 +150,12 @@ class UnitLoader:
         )
         return graph, part.tensors["n_id"][: part.num_nodes].clone(), self._x(part)
 
-    def _teacher(self, parts: list[LocalPart]) -> tuple[Tensor | None, dict[Score, Tensor]]:
+    def _teacher(self, parts: list[LocalPart]) -> tuple[Tensor | TopK | None, dict[Score, Tensor]]:
         """Logits and scores of the owned nodes and their in-edges, part after part."""
         if self.knowledge is None:
             return None, {}
         known = [self.knowledge.part(part.index, part.tensors, self.wants) for part in parts]
-        logits = torch.cat([logits for logits, _ in known if logits is not None]) if self.wants.logits else None
+        logits = concatenate([logits for logits, _ in known if logits is not None]) if self.wants.logits else None
         return logits, {key: torch.cat([scores[key] for _, scores in known]) for key in self.wants.sorted_scores()}
 
     def _x(self, part: LocalPart) -> Tensor:

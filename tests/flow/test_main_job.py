@@ -126,8 +126,15 @@ def test_the_report_needs_nothing_beside_itself(finished: Job) -> None:
 def test_the_second_run_skips_all_and_prints_the_table(finished: Job) -> None:
     before = digests(finished.run, "**/*")
     dry = finished.gkd("run", "--dry-run")
-    assert [line.split()[:2] for line in dry.out.splitlines()] == [[stage, "skip"] for stage in STAGES]
-    assert [one["action"] for one in finished.gkd("run", "--dry-run", "--json").json] == ["skip"] * len(STAGES)
+    assert [line.split()[:2] for line in dry.out.splitlines()[: len(STAGES)]] == [[stage, "skip"] for stage in STAGES]
+    assert "scores.1.sqeuclidean" in dry.out
+    decisions = finished.gkd("run", "--dry-run", "--json").json
+    assert [one["action"] for one in decisions] == ["skip"] * len(STAGES)
+    (manifest,) = finished.run.glob("knowledge/*/manifest.json")
+    parts = Manifest.load(Storage.open(str(manifest.parent)), "knowledge").parts
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    planned = decisions[STAGES.index("infer")]["knowledge"]
+    assert planned["num_bytes"] == sum(tensor.stop - tensor.start for tensor in tensors)
     again = finished.gkd("run")
     assert (again.code, again.done) == (0, [])
     assert digests(finished.run, "**/*") == before

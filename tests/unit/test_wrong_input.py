@@ -49,6 +49,9 @@ def untouched(job: Job) -> bool:
     [
         ("distill.num_worker=2", "override distill.num_worker=2: unknown key; did you mean num_workers?"),
         ("infer.dtype=fp8", "infer.dtype"),
+        ("infer.scores_dtype=int8", "infer.scores_dtype"),
+        ("infer.logits=0", "infer.logits"),
+        ("infer.max_kl=-1", "infer.max_kl"),
         ("distill.lr=fast", 'expected a number > 0, got "fast"'),
         ("distill.epochs=2.5", "distill.epochs"),
         ("distill.epochs=true", "distill.epochs"),
@@ -218,6 +221,32 @@ def test_a_teacher_that_does_not_fit(job: Job, teacher: Path, override: str, sen
     assert outcome.code == 3
     assert sentence in outcome.complaint
     assert not (job.run / "teacher/model.json").exists()
+
+
+def test_scores_coarser_than_allowed(copied: Job) -> None:
+    coarse = "infer.scores_dtype=uint8"
+    complaint = refused(copied, 3, "run", coarse, "infer.max_kl=1e-9")
+    assert "as uint8" in complaint
+    assert complaint.endswith("set infer.scores_dtype=fp16 or raise infer.max_kl and run the same command again")
+    assert len(list(copied.run.glob("knowledge/*/manifest.json"))) == 1  # that of the finished run
+    assert copied.gkd("infer", coarse, "infer.max_kl=0.01").code == 0
+    # a narrower width reads the same scores, and is checked before a student is trained with it
+    complaint = refused(copied, 3, "distill", coarse, "infer.max_kl=0.01", "losses.2.teacher_sigma=0.001")
+    assert "infer.max_kl 0.01" in complaint
+
+
+def test_the_largest_of_binary_labels(job: Job, tmp_path: Path) -> None:
+    masks = torch.arange(30) % 3
+    split = {f"{name}_mask": masks == i for i, name in enumerate(("train", "val", "test"))}
+    y, edges = (torch.rand(30, 3) > 0.5).float(), torch.stack([torch.arange(30), torch.arange(30).roll(1)])
+    save_arrays(
+        str(tmp_path / "labels.npz"), Graph(torch.randn(30, 8), edges, y, **split, num_classes=3, task="multilabel")
+    )
+    source = (f"graph.source={{kind: arrays, path: {tmp_path}/labels.npz}}",)
+    outcome = job.gkd("run", *source, "infer.logits=2")
+    assert outcome.code == 2
+    assert outcome.complaint.endswith("have no largest ones; set infer.logits=all")
+    assert not list(job.run.glob("knowledge/*/tmp*"))
 
 
 # --- what is stored: exit 3, before anything is made of it -----------------------------------

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from infer_worlds import World
+from infer_worlds import NUM_CLASSES, World
 from torch import Tensor
 
 from gkd_dist import layout
-from gkd_dist.config import InferConfig, LspLoss
-from gkd_dist.errors import DataError
+from gkd_dist.config import InferConfig, KdLoss, Loss, LspLoss
+from gkd_dist.errors import DataError, ManifestError
+from gkd_dist.evaluate import evaluate_logits
 from gkd_dist.infer.knowledge import refuse_coarse
 from gkd_dist.infer.packing import Packing
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import infer_nodes
-from gkd_dist.losses import Neighbours, Objective, lsp_loss
+from gkd_dist.losses import Neighbours, Objective, kd_loss, lsp_loss
 from gkd_dist.losses.bounds import lsp_bound
 from gkd_dist.losses.scores import METRICS
 from gkd_dist.partition.store import GraphStore
@@ -25,6 +26,7 @@ from gkd_dist.shards.manifest import Manifest
 from gkd_dist.stream.knowledge import KnowledgeStore
 from gkd_dist.stream.knowledge import Wants as Read
 from gkd_dist.stream.units import UnitLoader
+from gkd_dist.topk import TopK, top_k
 
 MakeWorld = Callable[..., World]
 FINGERPRINT = "f" * 64
@@ -175,6 +177,88 @@ def test_any_sampled_neighbourhood_has_the_softmax_of_the_embeddings(make_world:
                 assert float((expected.exp() * (expected - found)).sum()) <= kl + 1e-10
                 if dtype == "fp32":
                     assert float((found - expected).abs().max()) <= 1e-5
+
+
+# --- the largest logits ----------------------------------------------------------------------
+
+KD = tuple(KdLoss(kind="kd", temperature=temperature) for temperature in (1.0, 3.0))
+
+
+def infer_top(world: World, k: int, losses: Sequence[Loss] = KD) -> tuple[GraphStore, Any, Manifest, Tensor]:
+    """(graph, store, manifest, logits of the whole graph)."""
+    settings, graph, out = settings_of("fp32", logits=k), world.cut(2), world.storage(f"top-{k}")
+    storage, model = world.model("gcn")
+    packing = Packing.of(settings, losses, DEPTH)
+    manifest = infer_nodes(storage, graph, out, Wants(), settings, fingerprint=FINGERPRINT, packing=packing)
+    with torch.no_grad():
+        logits = model(world.graph.x, world.graph.edge_index)
+    return graph, out, manifest, logits
+
+
+def test_the_loss_of_stored_top_logits_is_that_of_a_live_teacher(make_world: MakeWorld) -> None:
+    graph, out, manifest, logits = infer_top(make_world(), 2)
+    assert manifest.meta["topk"] == {"k": 2, "temperatures": [1.0, 3.0]}
+    assert {tensor.name for tensor in manifest.parts[0].tensors} == {"logits.topk", "logits.index", "logits.tail"}
+    loader = UnitLoader(graph, (out, manifest), [(0, 1)], Read.of(True, temperatures=[1.0, 3.0]))
+    batch = loader.load(0)
+    student = torch.randn(batch.x.size(0), NUM_CLASSES, generator=torch.Generator().manual_seed(2))
+    objective = Objective(KD, "multiclass", DEPTH, DEPTH, {})
+    values = objective.sums(batch, student, {}) / objective.counts(batch).float()
+    for value, loss in zip(values.tolist(), KD, strict=True):
+        live = top_k(logits[batch.n_id[: batch.num_owned]], 2, [loss.temperature])
+        expected = kd_loss(student[: batch.num_owned], live, temperature=loss.temperature)
+        assert value == pytest.approx(float(expected), rel=1e-4)
+    assert loader.size_of(0) > 0
+    assert objective.sums(loader.empty(), torch.zeros(0, NUM_CLASSES), {}).tolist() == [0.0, 0.0]
+
+
+def test_top_logits_are_enough_for_accuracy_and_agreement(make_world: MakeWorld, exact: InferConfig) -> None:
+    world = make_world()
+    graph, out, manifest, _ = infer_top(world, 1)
+    everything = world.storage("all")
+    whole = infer_nodes(world.model("gcn")[0], graph, everything, Wants(), exact, fingerprint=FINGERPRINT)
+    brief, full = (out, manifest), (everything, whole)
+    assert evaluate_logits(graph, brief, full) == evaluate_logits(graph, full, full)
+    assert evaluate_logits(graph, full, brief)["agreement"] == 1.0
+
+
+def test_as_many_as_there_are_classes_are_all(make_world: MakeWorld) -> None:
+    _, _, manifest, _ = infer_top(make_world(), NUM_CLASSES)
+    assert manifest.meta["topk"] is None
+    assert [tensor.name for tensor in manifest.parts[0].tensors] == ["logits"]
+
+
+def test_a_temperature_that_was_not_stored_names_the_stage(make_world: MakeWorld) -> None:
+    graph, out, manifest, _ = infer_top(make_world(), 2, KD[:1])
+    with pytest.raises(ManifestError, match=r"tails at temperatures \[1\.0\], a kd loss asks for 3; run `gkd infer`"):
+        UnitLoader(graph, (out, manifest), [(0,)], Read.of(True, temperatures=[1.0, 3.0]))
+
+
+def test_without_a_kd_loss_there_is_no_tail(make_world: MakeWorld) -> None:
+    graph, out, manifest, logits = infer_top(make_world(), 2, ())
+    assert {tensor.name for tensor in manifest.parts[0].tensors} == {"logits.topk", "logits.index"}
+    found, _ = KnowledgeStore(out, manifest).part(0, {}, Read.of(True))
+    assert isinstance(found, TopK)
+    owned = graph.part(0, ["n_id"])["n_id"][: found.num_nodes]
+    assert torch.equal(found.index[:, 0].long(), logits[owned].argmax(1))
+
+
+# --- widths without stored scores ------------------------------------------------------------
+
+
+def test_embeddings_have_the_medians_of_the_scores_that_are_read_off_them(make_world: MakeWorld) -> None:
+    world, settings = make_world(), settings_of("fp32")
+    term = LspLoss(kind="lsp", sigma="median", outer_softmax=False)
+    stored = run_terms(world, settings, term)
+    out, packing = world.storage("as-embeddings"), Packing.of(settings, [term], DEPTH)
+    wants = Wants(embeddings={LAYER})
+    manifest = infer_nodes(
+        world.model("sage")[0], world.cut(3), out, wants, settings, fingerprint=FINGERPRINT, packing=packing
+    )
+    median = stored.meta["scores"]["2.sqeuclidean"]["median"]
+    assert manifest.meta["scores"] == {"2.sqeuclidean": {"median": median}}
+    assert {tensor.name for tensor in manifest.parts[0].tensors} == {"logits", "embeddings.2"}
+    refuse_coarse(manifest.meta, manifest.parts, Packing.of(settings_of("fp32", max_kl=0), [term], DEPTH))
 
 
 # --- too coarse ------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ from math import log
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gkd_dist.errors import ConfigError, GraphError
+from gkd_dist.errors import ConfigError, DataError, GraphError
 from gkd_dist.losses import kd_loss
+from gkd_dist.topk import top_k
 
 TASKS = ("multiclass", "multilabel")
 
@@ -102,3 +105,57 @@ def test_wrong_input_is_named() -> None:
         kd_loss(student, teacher, task="regression")  # type: ignore[arg-type]
     with pytest.raises(GraphError, match=r"one shape \[k, c\]"):
         kd_loss(student, teacher[:2])
+
+
+# --- of a teacher's largest logits -----------------------------------------------------------
+
+
+def test_top_k_by_hand() -> None:
+    # Teacher (1/2, 1/4, 1/4) kept as (1/2, others 1/2), against a uniform student (1/3, others 2/3).
+    teacher = top_k(torch.tensor([[log(2.0), 0.0, 0.0]]), 1, [1.0])
+    loss = kd_loss(torch.zeros(1, 3), teacher)
+    assert loss.item() == pytest.approx(0.5 * log(3 / 2) + 0.5 * log(3 / 4))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 9), st.sampled_from([0.5, 1.0, 4.0]), st.sampled_from([0.1, 3.0, 30.0]))
+def test_top_k_is_a_divergence_below_the_full_one(seed: int, classes: int, temperature: float, reach: float) -> None:
+    """Merging outcomes loses information, ever less of it the more are kept."""
+    draw = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, 5, classes, dtype=torch.float64, generator=draw) * reach
+    full = kd_loss(student, teacher, temperature=temperature).item()
+    before = 0.0
+    for k in range(1, classes):
+        merged = kd_loss(student, top_k(teacher, k, [temperature]), temperature=temperature).item()
+        slack = 1e-5 * (1 + full)  # values and tail are float32
+        assert before - slack <= merged <= full + slack
+        before = merged
+    if classes > 1:  # all but one kept: the others are that one, and nothing is lost
+        assert before == pytest.approx(full, rel=1e-5, abs=1e-5)
+
+
+def test_top_k_gradient_is_that_of_the_merged_outcomes() -> None:
+    student, teacher = case(classes=5)
+    brief = top_k(teacher, 2, [2.0])
+    assert torch.autograd.gradcheck(lambda z: kd_loss(z, brief, temperature=2.0), student)
+    same = teacher.float().double().clone().requires_grad_()
+    kd_loss(same, brief, temperature=2.0).backward()
+    assert float(same.grad.abs().max()) < 1e-6  # type: ignore[union-attr]
+
+
+def test_top_k_of_a_student_that_is_certain_stays_finite() -> None:
+    student = torch.tensor([[500.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    loss = kd_loss(student, top_k(torch.zeros(1, 4), 2, [1.0]))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()  # type: ignore[arg-type]
+
+
+def test_wrong_use_of_top_k() -> None:
+    brief = top_k(torch.zeros(2, 4), 2, [1.0])
+    with pytest.raises(GraphError, match=r"teacher \[2, 4\]"):
+        kd_loss(torch.zeros(2, 5), brief)
+    with pytest.raises(DataError, match="no tail at temperature 2"):
+        kd_loss(torch.zeros(2, 4), brief, temperature=2.0)
+    with pytest.raises(ConfigError, match="no top-k"):
+        kd_loss(torch.zeros(2, 4), brief, task="multilabel")

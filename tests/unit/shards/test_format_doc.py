@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gkd_dist import layout
-from gkd_dist.config import InferConfig, LspLoss, ModelConfig, PartitionConfig
+from gkd_dist.config import InferConfig, KdLoss, LspLoss, ModelConfig, PartitionConfig
 from gkd_dist.graph import Graph
 from gkd_dist.infer.packing import Packing
 from gkd_dist.infer.plan import Wants
@@ -67,13 +67,16 @@ def write_graph(run: Storage, density: float = 1.0, weighted: bool = True) -> Ma
     )
 
 
-def write_knowledge(run: Storage, scores_dtype: str | None = None) -> tuple[Storage, Manifest]:
+def write_knowledge(run: Storage, **options: object) -> tuple[Storage, Manifest]:
     config = ModelConfig(kind="gcn", hidden=4)
     teacher, out = run.child(layout.TEACHER), run.child(layout.KNOWLEDGE).child(layout.knowledge("teacher", "b" * 64))
     save_model(teacher, build_model(config, 5, 2), ModelSpec(config, 5, 2, "multiclass"), "c" * 64)
     wants = Wants(logits=True, scores={1: frozenset({"sqeuclidean"})}, embeddings=frozenset({1}))
-    settings = InferConfig.model_validate({"num_actors": 0, "dtype": "fp16", "scores_dtype": scores_dtype})
-    graph, packing = GraphStore.open(run.child(layout.GRAPH)), Packing.of(settings, [LspLoss(kind="lsp")], 2)
+    settings = InferConfig.model_validate({"num_actors": 0, "dtype": "fp16", **options})
+    graph, packing = (
+        GraphStore.open(run.child(layout.GRAPH)),
+        Packing.of(settings, [LspLoss(kind="lsp"), KdLoss(kind="kd")], 2),
+    )
     return out, infer_nodes(teacher, graph, out, wants, settings, fingerprint="b" * 64, packing=packing)
 
 
@@ -178,24 +181,35 @@ def test_a_knowledge_part(run: Storage) -> None:
     names = {name.replace("<layer>", "1").replace("<metric>", "sqeuclidean") for name in table("Knowledge part", 0)}
     for entry in manifest.parts:
         assert tensors(entry) == dict.fromkeys(names, "float16")
-        assert entry.counts.keys() == table("Knowledge part", 2).keys()
+        assert entry.counts.keys() == table("Knowledge part", 3).keys()
         assert entry.meta["floats"].keys() == names
         fields = {name: set(info) for name, info in entry.meta["floats"].items()}
         assert fields.pop("scores.1.sqeuclidean") == {"scale", "bound", "low", "high"}
         assert all(found == {"scale", "bound"} for found in fields.values())
-    assert manifest.meta.keys() == table("Knowledge part", 3).keys()
-    assert manifest.meta["bounds"][0].keys() == table("Knowledge part", 4).keys()
+    assert manifest.meta.keys() == table("Knowledge part", 4).keys()
+    assert manifest.meta["bounds"][0].keys() == table("Knowledge part", 5).keys()
     assert manifest.inputs.keys() == table("Manifest", 5).keys()
     assert Manifest.load(out, "knowledge", "b" * 64) == manifest
 
 
 def test_a_knowledge_part_with_scores_in_bytes(run: Storage) -> None:
     write_graph(run)
-    _, manifest = write_knowledge(run, "uint8")
+    _, manifest = write_knowledge(run, scores_dtype="uint8")
     drawn = {
         name.replace("<layer>", "1").replace("<metric>", "sqeuclidean"): dtype
-        for name, (dtype, *_) in table("Knowledge part", 1).items()
+        for name, (dtype, *_) in table("Knowledge part", 2).items()
     }
     for entry in manifest.parts:
         assert {name: dtype for name, dtype in tensors(entry).items() if name.startswith("scores.")} == drawn
         assert entry.meta["floats"]["scores.1.sqeuclidean"].keys() == {"affine", "bound", "low", "high"}
+
+
+def test_a_knowledge_part_with_the_largest_logits(run: Storage) -> None:
+    write_graph(run)
+    _, manifest = write_knowledge(run, logits=1)
+    drawn = {
+        name: dtype.replace("`infer.dtype`", "float16") for name, (dtype, *_) in table("Knowledge part", 1).items()
+    }
+    for entry in manifest.parts:
+        assert {name: dtype for name, dtype in tensors(entry).items() if name.startswith("logits")} == drawn
+    assert manifest.meta["topk"].keys() == {"k", "temperatures"}
