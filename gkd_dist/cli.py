@@ -107,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_flow_verbs(verbs)
     _add_predict(verbs)
     _add_verify(verbs)
+    _add_inspect(verbs)
     _add_config(verbs)
     return parser
 
@@ -173,6 +174,18 @@ def _add_verify(verbs: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     parser.add_argument("--orphans", action="store_true", help="list objects that no manifest names")
     parser.add_argument("--prune", action="store_true", help="delete them")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser = _verb(verbs, "inspect", "what is in a store: sizes, bounds, cut, lost teacher mass, entropy", _inspect)
+    parser.add_argument("target", metavar="CONFIG|RUN|STORE", help="YAML file, URL of a run or of one store")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
+    parser.add_argument("--parts", action="store_true", help="list every part")
+    parser.add_argument("--part", type=int, metavar="N", help="only this part")
+    parser.add_argument("--sample", type=int, metavar="N", help="read only N parts, chosen at random")
+    parser.add_argument("--graph", metavar="URL", help="graph store of a knowledge store that is not inside a run")
+    parser.add_argument("--to-parquet", metavar="URL", help="write nodes and edges as Parquet files into this folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -289,6 +302,20 @@ def _verify(args: argparse.Namespace) -> int:
     result = verify_run(config, orphans=args.orphans or args.prune, prune=args.prune)
     print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())
     return 3 if result.problems else 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from gkd_dist.inspect import inspect_stores, open_target, to_parquet
+    from gkd_dist.inspect_text import report_text
+
+    target = open_target(args.target, args.overrides, args.graph)
+    if args.to_parquet is not None:
+        written = to_parquet(target, args.to_parquet, part=args.part, sample=args.sample)
+        print(json.dumps(written, indent=1) if args.json else f"{len(written['files'])} files in {written['url']}")
+        return 0
+    reports = inspect_stores(target, part=args.part, sample=args.sample, list_parts=args.parts)
+    print(json.dumps(reports, indent=1) if args.json else "\n\n".join(report_text(report) for report in reports))
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ def verify_run(config: Config, *, orphans: bool = False, prune: bool = False) ->
     """Looks at the graph store, all knowledge, models and predictions of the run."""
     session = Session.open(config, Progress())
     result = Verification()
-    for kind, storage in _stores(session):
+    for kind, storage in stores_of(session):
         _verify_manifest(result, kind, storage, orphans, prune)
     for folder in (session.teacher, *(session.student(name) for name in ("distilled", "alone"))):
         _verify_model(result, folder)
@@ -51,7 +51,7 @@ def verify_run(config: Config, *, orphans: bool = False, prune: bool = False) ->
     return result
 
 
-def _stores(session: Session) -> list[tuple[str, Storage]]:
+def stores_of(session: Session) -> list[tuple[str, Storage]]:
     """(kind, folder) of every manifest of the run."""
     found = [("graph", session.graph)] if session.graph.exists(layout.MANIFEST) else []
     keys = [key for key in session.knowledge.list() if key.endswith(f"/{layout.MANIFEST}")]

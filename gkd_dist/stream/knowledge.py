@@ -7,7 +7,7 @@ in the knowledge part, so nothing is searched or sorted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -80,28 +80,39 @@ class KnowledgeStore(NamedTuple):
         self, index: int, graph_part: dict[str, Tensor], wants: Wants
     ) -> tuple[Tensor | TopK | None, dict[Score, Tensor]]:
         """Logits float32 [num_owned, c], or their `TopK`, and scores float32 [num_owned_edges] of part ``index``."""
-        entry = self.manifest.parts[index]
-        infos = entry.meta["floats"]
-        tensors = read_shard(self.storage, entry, self._names(entry, wants))
-        floats = {name: _unpack(name, tensors, infos[name], graph_part) for name in infos.keys() & tensors.keys()}
+        values = self.values(index, graph_part, self._names(self.manifest.parts[index], wants))
         scores: dict[Score, Tensor] = {}
         inner: LocalGraph | None = None
         for layer, metric in wants.sorted_scores():
-            if score_name(layer, metric) in floats:
-                scores[layer, metric] = floats[score_name(layer, metric)]
+            if score_name(layer, metric) in values:
+                scores[layer, metric] = values[score_name(layer, metric)]
                 continue
-            embeddings = floats[embedding_name(layer)]
+            embeddings = values[embedding_name(layer)]
             inner = inner or local_graph(graph_part, embeddings.size(0), graph_part["y"].size(0))
             scores[layer, metric] = pattern_scores(embeddings, inner.pattern, cast(Metric, metric))
-        return floats.get(LOGITS, self._top_k(floats, tensors)), scores
+        return values.get(LOGITS, self._top_k(values)), scores
 
-    def _top_k(self, floats: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> TopK | None:
+    def _top_k(self, values: Mapping[str, Tensor]) -> TopK | None:
         """The largest logits, where these are stored and were read."""
-        if TOP not in floats:
+        if TOP not in values:
             return None
-        values, meta = floats[TOP], self.manifest.meta
-        tail = floats.get(TAIL, values.new_empty(values.size(0), 0))
-        return TopK(values, tensors[INDEX], tail, tuple(meta["topk"]["temperatures"]), int(meta["num_classes"]))
+        top, meta = values[TOP], self.manifest.meta
+        tail = values.get(TAIL, top.new_empty(top.size(0), 0))
+        return TopK(top, values[INDEX], tail, tuple(meta["topk"]["temperatures"]), int(meta["num_classes"]))
+
+    def values(
+        self, index: int, graph_part: Mapping[str, Tensor], names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """What part ``index`` holds, or what ``names`` make up: packed floats as float32, the rest as it is."""
+        entry = self.manifest.parts[index]
+        infos = entry.meta["floats"]
+        tensors = read_shard(self.storage, entry, names)
+        packing = {name + end for name, info in infos.items() if info.get("affine") for end in (OFFSET, SCALE)}
+        return {
+            name: _unpack(name, tensors, infos[name], graph_part) if name in infos else tensor
+            for name, tensor in tensors.items()
+            if name not in packing
+        }
 
     def _names(self, entry: ObjectEntry, wants: Wants) -> list[str]:
         """Tensors to read: each score itself or else the embeddings that it follows from."""

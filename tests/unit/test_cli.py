@@ -19,7 +19,7 @@ from gkd_dist import cli
 from gkd_dist.config_file import parse_config
 from gkd_dist.errors import ConfigError, DataError, GkdError, InfrastructureError
 
-VERBS = ["run", *STAGES, "predict", "verify", "config"]
+VERBS = ["run", *STAGES, "predict", "verify", "inspect", "config"]
 
 
 def guarded(act: Callable[[], int], *arguments: str, debug: bool = False) -> int:
