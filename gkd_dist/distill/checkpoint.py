@@ -4,7 +4,7 @@
 
     checkpoints/latest.json                    steps that are committed, oldest first
     checkpoints/step-00000500/state.safetensors   model/..., best/..., optimizer/<parameter>/<key>
-    checkpoints/step-00000500/COMMIT.json         digest, position, early stopping, sigmas
+    checkpoints/step-00000500/COMMIT.json         digests, position, early stopping, sigmas
 
 A checkpoint counts once ``COMMIT.json`` is there and its digest fits; a damaged one is passed over
 for the one before it.
@@ -22,10 +22,11 @@ from torch import Tensor
 from gkd_dist import layout
 from gkd_dist.errors import DataError, ObjectNotFoundError
 from gkd_dist.shards.codec import decode, encode
+from gkd_dist.shards.seal import SEAL, is_sealed, sealed
 from gkd_dist.storage import Storage
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no seal
 LATEST = f"{layout.CHECKPOINTS}/latest.json"
 
 
@@ -62,7 +63,7 @@ def save_checkpoint(storage: Storage, state: TrainState, fingerprint: str, keep:
         "sha256": hashlib.sha256(data).hexdigest(),
         **{name: getattr(state, name) for name in _PLAIN},
     }
-    storage.write_json(f"{folder}/{layout.COMMIT}", document)
+    storage.write_json(f"{folder}/{layout.COMMIT}", sealed(document))
     steps = [step for step in committed_steps(storage) if step != state.global_step] + [state.global_step]
     storage.write_json(LATEST, steps[-keep:])
     for step in steps[:-keep]:
@@ -83,7 +84,7 @@ def load_checkpoint(storage: Storage, fingerprint: str, only: int | None = None)
     for step in reversed(committed_steps(storage)) if only is None else (only,):
         try:
             state = _read(storage, step, fingerprint)
-        except (ObjectNotFoundError, DataError, ValueError, KeyError, TypeError) as error:
+        except (ObjectNotFoundError, DataError, ArithmeticError, ValueError, LookupError, TypeError) as error:
             log.warning("checkpoint of step %d in %s is damaged (%s); trying the one before", step, storage.url, error)
             continue
         if state is not None:
@@ -94,7 +95,12 @@ def load_checkpoint(storage: Storage, fingerprint: str, only: int | None = None)
 def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:
     folder = layout.checkpoint(step)
     commit: dict[str, Any] = storage.read_json(f"{folder}/{layout.COMMIT}")
-    if commit["format_version"] > FORMAT_VERSION or commit["fingerprint"] != fingerprint:
+    version = commit["format_version"]
+    if version > FORMAT_VERSION:
+        return None
+    if not (is_sealed(commit) if version > 1 else SEAL not in commit):
+        raise DataError("COMMIT.json does not match its seal")
+    if commit["fingerprint"] != fingerprint:
         return None
     data = storage.read(f"{folder}/state.safetensors")
     if len(data) != commit["num_bytes"] or hashlib.sha256(data).hexdigest() != commit["sha256"]:
@@ -103,5 +109,7 @@ def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:
     state.position = (int(commit["position"][0]), int(commit["position"][1]))
     for key, value in decode(data).items():
         group, _, name = key.partition("/")
+        if group not in _GROUPS:
+            raise DataError(f"it holds the unknown tensor {key}")
         getattr(state, group)[name] = value
     return state

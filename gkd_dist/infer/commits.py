@@ -24,6 +24,7 @@ from gkd_dist.infer.knowledge import KIND
 from gkd_dist.infer.plan import KNOWLEDGE, Task
 from gkd_dist.infer.worker import Result
 from gkd_dist.shards.manifest_json import entry_from_json
+from gkd_dist.shards.seal import is_sealed, sealed
 from gkd_dist.storage import Storage
 
 STARTED = "started.json"
@@ -63,7 +64,7 @@ class Commits:
         """
         known = self._digests.get(task)
         if known is None:
-            self._tmp.write(record_key(task), json.dumps(_to_json(result), sort_keys=True).encode())
+            self._tmp.write(record_key(task), json.dumps(sealed(_to_json(result)), sort_keys=True).encode())
             self._digests[task] = result.entry.sha256
             return True
         if known != result.entry.sha256:
@@ -78,7 +79,7 @@ class Commits:
         """Fingerprint of the run that the records belong to; None where there are none."""
         try:
             found = json.loads(self._tmp.read(STARTED))
-        except (ObjectNotFoundError, ValueError):
+        except (ObjectNotFoundError, ValueError, RecursionError):
             return None
         return str(found.get("fingerprint")) if isinstance(found, dict) else None
 
@@ -90,7 +91,15 @@ class Commits:
             return None
         try:
             return _from_json(json.loads(data), where)
-        except (AttributeError, KeyError, TypeError, ValueError, DataError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            DataError,
+        ) as error:
             raise ManifestError(
                 f"{where} is no record of a finished task ({error}); "
                 f"delete {self._tmp.url} and run the same command again"
@@ -103,6 +112,8 @@ def _to_json(result: Result) -> dict[str, Any]:
 
 
 def _from_json(value: dict[str, Any], where: str) -> Result:
+    if not is_sealed(value):
+        raise DataError("its content does not match its seal")
     histograms = {
         name: {int(key): int(count) for key, count in zip(keys, counts, strict=True)}
         for name, (keys, counts) in value["histograms"].items()

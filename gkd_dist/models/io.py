@@ -22,9 +22,10 @@ from gkd_dist.errors import DataError, JsonError, ModelError, NewerModelError, O
 from gkd_dist.models.build import build_model
 from gkd_dist.models.fit import load_weights
 from gkd_dist.shards.codec import decode, encode
+from gkd_dist.shards.seal import SEAL, is_sealed, sealed
 from gkd_dist.storage import Storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no seal
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def save_model(storage: Storage, model: nn.Module, spec: ModelSpec, fingerprint:
         "weights": {"key": layout.MODEL_WEIGHTS, "num_bytes": len(data), "sha256": digest},
         "meta": spec.meta,
     }
-    storage.write_json(layout.MODEL_JSON, document)
+    storage.write_json(layout.MODEL_JSON, sealed(document))
     return digest
 
 
@@ -70,14 +71,25 @@ def read_model_document(storage: Storage) -> dict[str, Any]:
         ) from error
     except JsonError as error:
         raise ModelError(f"{where} is not JSON; write the model again") from error
-    if not isinstance(document, dict) or not isinstance(document.get("format_version"), int):
+    if (
+        not isinstance(document, dict)
+        or type(document.get("format_version")) is not int
+        or document["format_version"] < 1
+    ):
         raise ModelError(f"{where} is not a model description; write the model again")
     if document["format_version"] > FORMAT_VERSION:
         raise NewerModelError(
             f"{where} has format {document['format_version']}, this version reads {FORMAT_VERSION}; upgrade gkd_dist"
         )
+    if is_sealed(document) if document["format_version"] > 1 else SEAL not in document:
+        return _with_weights(document, where)
+    raise ModelError(f"{where} was altered (its content does not match its seal); write the model again")
+
+
+def _with_weights(document: dict[str, Any], where: str) -> dict[str, Any]:
+    """``document`` after a check that it says which weights it is about."""
     weights = document.get("weights")
-    if not isinstance(weights, dict) or not isinstance(weights.get("num_bytes"), int) or "sha256" not in weights:
+    if not isinstance(weights, dict) or type(weights.get("num_bytes")) is not int or "sha256" not in weights:
         raise ModelError(f"{where} does not say which weights it is about; write the model again")
     return document
 
@@ -91,7 +103,7 @@ def _spec(document: dict[str, Any], where: str) -> ModelSpec:
             str(document["task"]),
             dict(document.get("meta", {})),
         )
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ValidationError) as error:
         raise ModelError(f"{where} lacks or garbles a field ({error}); write the model again") from error
 
 

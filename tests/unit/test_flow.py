@@ -10,6 +10,7 @@ from flow_runs import STAGES, Job, make_job
 from gkd_dist import flow, layout
 from gkd_dist.errors import DataError
 from gkd_dist.flow import Decision, decide
+from gkd_dist.shards.seal import sealed
 
 
 def to_run(job: Job, *overrides: str, redo: tuple[str, ...] = ()) -> list[str]:
@@ -118,7 +119,8 @@ def test_metrics_of_other_weights_are_not_trusted(copied: Job) -> None:
     folder = copied.session().student("distilled")
     document = folder.read_json(layout.MODEL_JSON)
     document["weights"]["sha256"] = "0" * 64
-    folder.write_json(layout.MODEL_JSON, document)
+    del document["seal"]
+    folder.write_json(layout.MODEL_JSON, sealed(document))
     assert to_run(copied) == ["evaluate", "export", "report"]
 
 

@@ -26,6 +26,7 @@ from gkd_dist.models.io import (
     read_weights,
     save_model,
 )
+from gkd_dist.shards.seal import sealed
 from gkd_dist.storage import Storage
 
 GCN = ModelConfig(kind="gcn", hidden=4, norm="batch")
@@ -48,9 +49,9 @@ def folder(tmp_path: Path) -> Storage:
 
 
 def edit(storage: Storage, **changes: object) -> None:
-    """Changes top-level keys of ``model.json``; None removes one."""
-    document = {**storage.read_json(layout.MODEL_JSON), **changes}
-    storage.write_json(layout.MODEL_JSON, {key: value for key, value in document.items() if value is not None})
+    """Changes top-level keys of ``model.json`` and seals it again; None removes one."""
+    document = {**storage.read_json(layout.MODEL_JSON), "seal": None, **changes}
+    storage.write_json(layout.MODEL_JSON, sealed({key: value for key, value in document.items() if value is not None}))
 
 
 # --- round trip ------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def damage_weights(change: Callable[[bytes], bytes]) -> Callable[[Storage], None
         (lambda storage: storage.delete(layout.MODEL_JSON), r"no model at .*model.json is missing.*correct the URL"),
         (lambda storage: storage.write(layout.MODEL_JSON, b'{"format_'), r"model.json is not JSON; write the model"),
         (lambda storage: storage.write_json(layout.MODEL_JSON, [1]), "is not a model description"),
-        (lambda storage: edit(storage, format_version=2), r"has format 2, this version reads 1; upgrade gkd_dist"),
+        (lambda storage: edit(storage, format_version=3), r"has format 3, this version reads 2; upgrade gkd_dist"),
         (lambda storage: edit(storage, format_version="1"), "is not a model description"),
         (lambda storage: edit(storage, weights=None), "does not say which weights it is about"),
         (lambda storage: edit(storage, weights={"num_bytes": "many", "sha256": ""}), "does not say which weights"),
@@ -135,6 +136,23 @@ def test_a_description_of_another_width_does_not_fit(folder: Storage) -> None:
         match=r"1 of another shape \(convs.0.lin.weight \[4, 3\], needed \[4, 5\]\); .*use data of the same width",
     ):
         read_model(folder)
+
+
+def test_an_altered_description_is_noticed(folder: Storage) -> None:
+    save(folder)
+    document = folder.read_json(layout.MODEL_JSON)
+    for changes in ({"task": "multilabel"}, {"format_version": 1}, {"format_version": 0}, {"seal": None}):
+        folder.write_json(layout.MODEL_JSON, document | changes)
+        with pytest.raises(ModelError, match=r"does not match its seal|is not a model description"):
+            read_model(folder)
+
+
+def test_a_description_of_version_1_had_no_seal(folder: Storage) -> None:
+    model, graph = save(folder), path()
+    document = folder.read_json(layout.MODEL_JSON)
+    del document["seal"]
+    folder.write_json(layout.MODEL_JSON, document | {"format_version": 1})
+    assert torch.equal(read_model(folder)[0](graph.x, graph.edge_index), model(graph.x, graph.edge_index))
 
 
 # --- no code from data (C8) ------------------------------------------------------------------

@@ -25,6 +25,7 @@ from gkd_dist.shards import manifest_json
 from gkd_dist.shards.entries import ObjectEntry
 from gkd_dist.shards.manifest import SCHEMA_VERSION, Manifest
 from gkd_dist.shards.manifest_upgrade import FIELDS
+from gkd_dist.shards.seal import is_sealed
 from gkd_dist.storage import Storage
 
 DOC = (Path(__file__).parents[3] / "docs" / "shard-format.md").read_text(encoding="utf-8")
@@ -136,6 +137,15 @@ def test_the_fields_of_a_manifest(run: Storage) -> None:
     assert table("Manifest", 0)["schema_version"] == [str(SCHEMA_VERSION)]
     assert table("Versions", 0).keys() == {str(version) for version in range(1, SCHEMA_VERSION + 1)}
     assert FIELDS[SCHEMA_VERSION] == tuple(table("Manifest", 0))
+
+
+def test_the_sealed_documents(run: Storage) -> None:
+    write_graph(run)
+    write_knowledge(run)
+    document = run.read_json(f"{layout.TEACHER}/{layout.MODEL_JSON}")
+    assert "`seal`" in section("Sealed documents")
+    assert is_sealed(document)
+    assert document["format_version"] == 2
 
 
 def test_the_pages_of_a_manifest(run: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
