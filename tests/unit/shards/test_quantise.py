@@ -160,8 +160,22 @@ def test_bytes_stay_finite_and_within_the_bound_at_any_range(data: bytes, counts
 
 @pytest.mark.parametrize(
     "row",
-    [[-F32_MAX, F32_MAX, 0.0], [0.0, 2.0**-149, 2.0**-148], [1.0, 1.0 + 2.0**-23], [2.0**-126, 2.0**-149], [-0.0, 0.0]],
-    ids=["twice the largest", "subnormal", "neighbouring floats", "into subnormal", "two zeros"],
+    [
+        [-F32_MAX, F32_MAX, 0.0],
+        [-F32_MAX / 41, F32_MAX],
+        [0.0, 2.0**-149, 2.0**-148],
+        [1.0, 1.0 + 2.0**-23],
+        [2.0**-126, 2.0**-149],
+        [-0.0, 0.0],
+    ],
+    ids=[
+        "twice the largest",
+        "code 255 beyond the largest",
+        "subnormal",
+        "neighbouring floats",
+        "into subnormal",
+        "two zeros",
+    ],
 )
 def test_extreme_rows_in_bytes(row: list[float]) -> None:
     exact, starts = rows(row)
