@@ -194,3 +194,29 @@ def test_a_closed_port_is_given_up_in_bounded_time(s3_server: str) -> None:
     with pytest.raises(StorageError, match=r"after 2 attempts: the store cannot be reached .*check the endpoint"):
         Storage.open("s3://bucket/run", config).check_writable()
     assert time.monotonic() - begin < 10
+
+
+_WRITE_BIG = """
+import re, sys
+from pathlib import Path
+from gkd_dist.config import StorageConfig
+from gkd_dist.storage import Storage
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) << 10
+store = Storage.open("s3://bucket/run", StorageConfig(upload_part_bytes=5 << 20, uploads_at_once=2))
+store.write("warm", bytes(11 << 20))
+data = bytearray(b"x" * (96 << 20))
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+store.write("big", memoryview(data))
+print(peak() - before, store.size("big"))
+"""
+
+
+@pytest.mark.usefixtures("s3_server")
+def test_a_big_object_goes_up_without_a_copy_in_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", _WRITE_BIG], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    peak, size = map(int, done.stdout.split())
+    assert size == 96 * MIB
+    assert peak < 48 * MIB  # two parts of 5 MiB, and what the HTTP client buffers of them

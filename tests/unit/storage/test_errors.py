@@ -69,6 +69,7 @@ def test_worth_another_attempt(error: Exception) -> None:
         ValueError("no"),
         client_error("InsufficientStorage", 507),
         client_error("QuotaExceeded", 403),
+        client_error("QuotaExceeded", 503),
         OSError("Forbidden: https://storage/b\nno"),
     ],
     ids=repr,
