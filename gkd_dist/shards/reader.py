@@ -90,7 +90,7 @@ def _read_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry]) 
 
 def _room(num_bytes: int) -> memoryview:
     """Writable memory that nothing was written to: filling a bytearray with zeros takes as long as reading it."""
-    return memoryview(torch.empty(num_bytes, dtype=torch.uint8).numpy())
+    return torch.empty(num_bytes, dtype=torch.uint8).numpy().data
 
 
 class _Damaged(Exception):

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AT_ONCE = 4
+_PATTERN = frozenset("*?[]")  # `rm` of many takes them for a pattern, and then misses the object itself
 _SLOWEST_BYTES_PER_S = 1 << 20  # a request may take timeout_s and one second more per MiB
 _ATOMIC = {*clients.FAMILIES, "memory", "oss"}  # a reader sees a whole object or none
 
@@ -115,9 +116,10 @@ class RemoteBackend:
 
     def delete(self, paths: list[str]) -> None:
         """Removes objects; those that are not there are no error."""
-        if len(paths) > 1 and hasattr(self.fs, "_bulk_delete"):
-            self._call("rm", len(paths) << 10, paths)
-            return
+        plain = [path for path in paths if not _PATTERN & set(path)]
+        if len(plain) > 1 and hasattr(self.fs, "_bulk_delete"):
+            self._call("rm", len(plain) << 10, plain)
+            paths = [path for path in paths if _PATTERN & set(path)]
         for path in paths:
             try:
                 self._call("rm_file", 0, path)
