@@ -174,6 +174,8 @@ def _add_verify(verbs: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     parser.add_argument("--orphans", action="store_true", help="list objects that no manifest names")
     parser.add_argument("--prune", action="store_true", help="delete them")
+    parser.add_argument("--recompute", type=int, metavar="N", help="compute N parts of the knowledge again and compare")
+    parser.add_argument("--seed", type=int, default=0, help="which parts (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -299,7 +301,9 @@ def _verify(args: argparse.Namespace) -> int:
 
     is_file = args.target.endswith((".yaml", ".yml")) and Path(args.target).is_file()
     config = load_config(args.target, args.overrides) if is_file else config_of(args.target, args.overrides)
-    result = verify_run(config, orphans=args.orphans or args.prune, prune=args.prune)
+    result = verify_run(
+        config, orphans=args.orphans or args.prune, prune=args.prune, recompute=args.recompute, seed=args.seed
+    )
     print(json.dumps(result.to_json(), indent=1) if args.json else result.to_text())
     return 3 if result.problems else 0
 

@@ -242,6 +242,14 @@ def packing(config: Config) -> Any:
     return Packing.of(config.infer, config.losses, config.teacher.model.layers)
 
 
+def infer_wants(session: Session) -> Any:
+    """What is kept of every part."""
+    from gkd_dist.infer.plan import Wants
+
+    scores, embeddings = plan_knowledge(session.config, open_graph(session).manifest.meta)
+    return Wants(True, scores, embeddings)
+
+
 def infer_discard(session: Session) -> None:
     """Takes this knowledge away, and what a half-finished inference left."""
     try:
@@ -256,11 +264,9 @@ def infer_discard(session: Session) -> None:
 
 def infer(session: Session) -> None:
     """Runs the teacher over every node and stores what the losses need."""
-    from gkd_dist.infer.plan import Wants
     from gkd_dist.infer.run import infer_nodes
 
     graph = open_graph(session)
-    scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
     check_losses(session.config, graph)  # before the teacher's work, which would be for nothing
     say_knowledge(session.config, graph.manifest.meta)
     with task_progress(session, "infer") as progress:
@@ -268,7 +274,7 @@ def infer(session: Session) -> None:
             session.teacher,
             graph,
             knowledge_folder(session),
-            Wants(True, scores, embeddings),
+            infer_wants(session),
             session.config.infer,
             fingerprint=infer_fingerprint(session),
             packing=packing(session.config),

@@ -14,6 +14,7 @@ from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
 from gkd_dist.telemetry import Progress
 from gkd_dist.verify import orphans, prune, verify_store
+from gkd_dist.verify_recompute import DIFFERS, recompute_sample
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Verification:
     checked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    recomputed: list[dict[str, Any]] = field(default_factory=list)
     num_objects: int = 0
     num_bytes: int = 0
 
@@ -35,11 +37,18 @@ class Verification:
         lines = [f"{self.num_objects:,} objects, {self.num_bytes:,} bytes in {', '.join(self.checked) or 'nothing'}"]
         lines += [f"problem: {problem}" for problem in self.problems]
         lines += [f"orphan: {key}" for key in self.orphans]
+        lines += [f"part {one['part']} recomputed: {one['verdict']}" for one in self.recomputed]
         return "\n".join([*lines, "all well" if not self.problems else f"{len(self.problems)} problems"])
 
 
-def verify_run(config: Config, *, orphans: bool = False, prune: bool = False) -> Verification:
-    """Looks at the graph store, all knowledge, models and predictions of the run."""
+def verify_run(
+    config: Config, *, orphans: bool = False, prune: bool = False, recompute: int | None = None, seed: int = 0
+) -> Verification:
+    """Looks at the graph store, all knowledge, models and predictions of the run.
+
+    ``recompute`` parts of the teacher's knowledge, chosen by ``seed``, are computed again if all that
+    is sound.
+    """
     session = Session.open(config, Progress())
     result = Verification()
     for kind, storage in stores_of(session):
@@ -48,7 +57,18 @@ def verify_run(config: Config, *, orphans: bool = False, prune: bool = False) ->
         _verify_model(result, folder)
     if not result.checked:
         raise ManifestError(f"nothing is stored at {session.run.url} yet; run `gkd run` first, or correct the path")
+    if recompute is not None:
+        _recompute(result, session, recompute, seed)
     return result
+
+
+def _recompute(result: Verification, session: Session, num_parts: int, seed: int) -> None:
+    if result.problems:
+        result.problems.append("nothing was recomputed: repair what is above first")
+        return
+    url, verdicts = recompute_sample(session, num_parts, seed)
+    result.recomputed = [verdict.to_json() for verdict in verdicts]
+    result.problems += [f"{url}: {verdict}" for verdict in verdicts if verdict.verdict == DIFFERS]
 
 
 def stores_of(session: Session) -> list[tuple[str, Storage]]:

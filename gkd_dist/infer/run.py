@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -53,6 +53,15 @@ class Executor(Protocol):
         """Forgets all tasks in flight."""
 
 
+class Prepared(NamedTuple):
+    """All tasks of a run, what they share, and the model as its folder describes it."""
+
+    plan: TaskGraph
+    job: Job
+    spec: ModelSpec
+    document: dict[str, Any]
+
+
 def infer_nodes(
     model_storage: Storage,
     graph: GraphStore,
@@ -79,15 +88,11 @@ def infer_nodes(
     if before is not None and before.fingerprint == fingerprint:
         out.delete_tree(layout.layer_outputs(fingerprint))
         return before
-    model, spec = read_model(model_storage, allow_code)
-    document = read_model_document(model_storage)
-    _check_model(model, spec, graph, wants)
-    plan = plan_tasks(model, graph, wants)
     packing = packing or Packing.of(settings)
-    job = _job(model_storage, document, graph, out, wants, settings, packing, fingerprint, tuple(allow_code), plan)
-    del model  # the workers hold their own
-    run = _Run(plan, job, pool or LocalExecutor(), Commits(job.tmp, fingerprint), ownership_check)
-    run.drive(progress)
+    plan, job, spec, document = prepare(
+        model_storage, graph, out, wants, settings, packing, fingerprint, tuple(allow_code)
+    )
+    run = drive_tasks(plan, job, pool or LocalExecutor(), Commits(job.tmp, fingerprint), progress, ownership_check)
     parts = run.knowledge_entries()
     meta = knowledge_meta(wants, plan.depth, spec, packing, run.histograms, parts)
     refuse_coarse(meta, parts, packing)
@@ -97,6 +102,25 @@ def infer_nodes(
     manifest.save(out)
     _clean_up(out, before, manifest)
     return manifest
+
+
+def prepare(
+    model_storage: Storage,
+    graph: GraphStore,
+    out: Storage,
+    wants: Wants,
+    settings: InferConfig,
+    packing: Packing,
+    fingerprint: str,
+    allow_code: tuple[str, ...],
+) -> Prepared:
+    """What a run will do, after a check that model, graph and wants fit together."""
+    model, spec = read_model(model_storage, allow_code)  # for the plan alone: the workers hold their own
+    document = read_model_document(model_storage)
+    _check_model(model, spec, graph, wants)
+    plan = plan_tasks(model, graph, wants)
+    job = _job(model_storage, document, graph, out, wants, settings, packing, fingerprint, allow_code, plan)
+    return Prepared(plan, job, spec, document)
 
 
 def input_fingerprints(
@@ -242,6 +266,10 @@ class _Run:
         finally:
             self.executor.discard()
 
+    def entry(self, task: Task) -> ObjectEntry:
+        """The object of a task that is done and still read, or of knowledge."""
+        return self._entries[task]
+
     def knowledge_entries(self) -> tuple[ObjectEntry, ...]:
         """Entries of the knowledge parts, in part order."""
         return tuple(self._entries[Task(KNOWLEDGE, part)] for part in range(self.plan.num_parts))
@@ -280,3 +308,17 @@ class _Run:
     def _release(self, task: Task) -> None:
         """Deletes a layer output that no task reads any more; its record stays, so that it is not redone."""
         _delete(self.job.tmp, self._entries.pop(task).key)
+
+
+def drive_tasks(
+    plan: TaskGraph,
+    job: Job,
+    executor: Executor,
+    commits: Commits,
+    progress: Callable[[int, int], None],
+    ownership_check: Callable[[], None] = lambda: None,
+) -> _Run:
+    """Runs all tasks of ``plan`` that are not committed yet, and returns what came of them."""
+    run = _Run(plan, job, executor, commits, ownership_check)
+    run.drive(progress)
+    return run
