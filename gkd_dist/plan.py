@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gkd_dist.config import Config, KdLoss
+from gkd_dist.config import BUILT_IN_MODELS, Config, KdLoss
 from gkd_dist.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,24 @@ class Kind:
     num_bytes: int
 
 
-def layer_width(config: Config, layer: int, num_classes: int) -> int:
-    """Width of a teacher layer."""
+def layer_width(config: Config, layer: int, meta: Mapping[str, Any]) -> int:
+    """Width of a teacher layer; user classes are built and tried on a tiny graph to see it."""
     model = config.teacher.model
-    return num_classes if layer == model.layers else model.hidden * model.heads
+    widths = {} if model.kind in BUILT_IN_MODELS else _user_widths(config, meta)
+    return widths.get(layer, int(meta["num_classes"]) if layer == model.layers else model.hidden * model.heads)
+
+
+def _user_widths(config: Config, meta: Mapping[str, Any]) -> dict[int, int]:
+    import torch
+
+    from gkd_dist.models.build import build_model, resolve_model
+    from gkd_dist.models.probe import layer_widths
+
+    num_features = int(meta["num_features"])
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(resolve_model(config.teacher.model, meta), num_features, int(meta["num_classes"])).eval()
+        weighted, num_edge_features = bool(meta.get("has_edge_weight")), int(meta.get("num_edge_features", 0))
+        return layer_widths(model, num_features, weighted, num_edge_features)
 
 
 def scores_dtype(config: Config) -> str:
@@ -74,7 +88,7 @@ def _num_rows(meta: Mapping[str, Any]) -> int:
 
 
 def _embedding_bytes(config: Config, meta: Mapping[str, Any], layer: int) -> int:
-    width = layer_width(config, layer, int(meta["num_classes"]))
+    width = layer_width(config, layer, meta)
     return _BYTES[config.infer.dtype] * width * _num_rows(meta)
 
 
@@ -94,7 +108,7 @@ def knowledge_kinds(config: Config, meta: Mapping[str, Any]) -> list[Kind]:
         size = _score_bytes(config, meta)
         kinds += [Kind(f"scores.{layer}.{metric}", dtype, (num_edges,), size) for metric in sorted(metrics)]
     for layer in sorted(embeddings):
-        shape = (_num_rows(meta), layer_width(config, layer, int(meta["num_classes"])))
+        shape = (_num_rows(meta), layer_width(config, layer, meta))
         kinds.append(Kind(f"embeddings.{layer}", config.infer.dtype, shape, _embedding_bytes(config, meta, layer)))
     return kinds
 
@@ -119,7 +133,7 @@ def describe_layers(config: Config, meta: Mapping[str, Any]) -> list[str]:
     return [
         f"layer {layer}: {'scores' if layer in scores else 'embeddings'} stored (average degree "
         f"{meta['num_edges'] / max(1, meta['num_nodes']):.1f}; embeddings of width "
-        f"{layer_width(config, layer, int(meta['num_classes']))} are smaller above "
+        f"{layer_width(config, layer, meta)} are smaller above "
         f"{crossover_degree(config, meta, layer, len(metrics)):.1f})"
         for layer, metrics in sorted(config.knowledge_layers().items())
     ]

@@ -20,7 +20,7 @@ YAML = """
 run: /data/run
 graph: {source: {kind: synthetic, num_nodes: 100}}
 partition: {num_parts: 3}
-teacher: {model: {kind: gcn, hidden: 5, layers: 3, norm: batch}}
+teacher: {model: {kind: gcn, hidden: 5, layers: 3}}
 infer: {num_actors: 0}
 student: {model: {kind: gcn, hidden: 4, layers: 2}}
 losses:
@@ -89,6 +89,19 @@ def test_auto_takes_the_smaller_as_stored(degree: float, dtype: str, expected: s
     crossover = crossover_degree(settings, meta, 1, 1)
     assert (degree < crossover) == (expected == "scores")
     assert f"smaller above {crossover:.1f}" in format_knowledge(settings, meta)
+
+
+@pytest.mark.parametrize(
+    ("model", "width"),
+    [
+        ("{kind: 'user_models:Layered', layers: 2, args: {width: 7}}", 7),
+        ("{kind: 'torch_geometric.nn:GraphSAGE', layers: 3, hidden: 9}", 9),
+        ("{kind: gat, layers: 3, hidden: 4, heads: 2}", 8),
+    ],
+)
+def test_widths_of_any_teacher(model: str, width: int) -> None:
+    found = sizes("infer.scores=embeddings", f"teacher.model={model}", "losses.4.teacher_layer=1", num_features=6)
+    assert found["embeddings.1"] == ("fp16", (2000, width), 2 * 2000 * width)
 
 
 def test_a_bound_that_embeddings_cannot_keep_is_refused() -> None:
