@@ -136,13 +136,7 @@ class CachedStorage(Storage):
 
     def _download(self, entry: ObjectEntry, view: memoryview, start: int) -> int:
         """Reads the object from the store, checks it, and keeps it if there is room."""
-        data = super().read(entry.key)
-        found = hashlib.sha256(data).hexdigest()
-        if found != entry.sha256:
-            raise ShardError(
-                f"{self.describe(entry.key)} was altered: got sha256 {found[:16]} of {len(data)} bytes, expected "
-                f"{entry.sha256[:16]} of {entry.num_bytes}; run `gkd verify`, then the stage that writes it again"
-            )
+        data = self._verified_read(entry)
         try:
             self._keep(entry, data)
         except OSError as error:
@@ -150,6 +144,21 @@ class CachedStorage(Storage):
         piece = data[start : start + len(view)]
         view[: len(piece)] = piece
         return len(piece)
+
+    def _verified_read(self, entry: ObjectEntry) -> bytes:
+        """The object from the store, read once more where it is not what the manifest describes."""
+        for again in (False, True):
+            data = super().read(entry.key)
+            found = hashlib.sha256(data).hexdigest()
+            if found == entry.sha256:
+                return data
+            if not again:
+                log.warning("%s arrived altered: reading it once more", self.describe(entry.key))
+        raise ShardError(
+            f"{self.describe(entry.key)} was altered: got sha256 {found[:16]} of {len(data)} bytes, expected "
+            f"{entry.sha256[:16]} of {entry.num_bytes}, in two reads; run `gkd verify`, then the stage that writes it "
+            "again"
+        )
 
     def _keep(self, entry: ObjectEntry, data: bytes) -> None:
         """Writes an object, making room for it first."""

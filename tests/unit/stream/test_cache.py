@@ -148,6 +148,24 @@ def test_a_damaged_copy_is_downloaded_again(node: Node, damage, caplog: pytest.L
     assert "is damaged; downloading" in caplog.text
 
 
+def test_what_was_damaged_on_its_way_is_downloaded_once_more(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, reads = LocalBackend.read, 0
+
+    def read(self: LocalBackend, path: str, start: int, stop: int | None) -> bytes:
+        nonlocal reads
+        reads += 1
+        data = bytearray(real(self, path, start, stop))
+        data[-1] ^= reads == 1
+        return bytes(data)
+
+    monkeypatch.setattr(LocalBackend, "read", read)
+    assert_reads(node.open(), node.entries[0], node.tensors[0])
+    assert reads == 2
+    assert "arrived altered: reading it once more" in caplog.text
+
+
 def test_a_damaged_object_is_refused_and_not_kept(node: Node) -> None:
     flip(node.root / "store" / node.entries[0].key)
     with pytest.raises(ShardError, match=rf"{node.entries[0].key} was altered: got sha256 .* run `gkd verify`"):
