@@ -95,7 +95,7 @@ class LocalGraph:
     edge_weight: Tensor | None = None
     num_owned: int | None = None
     edge_attr: Tensor | None = None
-    _cache: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_edge_index(

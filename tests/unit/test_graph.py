@@ -96,7 +96,7 @@ def test_an_existing_self_loop_keeps_its_weight() -> None:
 
 
 def test_gcn_matrix_uses_degrees_of_the_whole_graph() -> None:
-    cut = replace(example(), in_degree=torch.tensor([2.0, 1.0, 3.0, 8.0]), _cache={})
+    cut = replace(example(), in_degree=torch.tensor([2.0, 1.0, 3.0, 8.0]))
     assert dense(example().gcn_matrix())[2, 3].item() == pytest.approx(1 / 2)
     assert dense(cut.gcn_matrix())[2, 3].item() == pytest.approx(1 / 6)
 
@@ -139,7 +139,7 @@ def batch() -> Batch:
     flags = torch.tensor([True, False, False])
     return Batch(
         unit=7,
-        graph=replace(example(weighted=True), num_owned=3, _cache={}),
+        graph=replace(example(weighted=True), num_owned=3),
         x=torch.randn(4, 2),
         y=torch.tensor([0, 1, -1]),
         train_mask=flags,
@@ -182,3 +182,11 @@ def test_a_batch_without_knowledge_moves_too() -> None:
 def test_what_is_there_already_is_not_copied() -> None:
     graph = example()
     assert graph.to("cpu") is graph
+
+
+def test_a_graph_that_is_replaced_does_not_keep_the_matrices_of_the_old_one() -> None:
+    graph = example()
+    before = graph.gcn_matrix()
+    other = replace(graph, in_degree=graph.in_degree + 1)
+    assert not torch.equal(other.gcn_matrix().values, before.values)
+    assert graph.gcn_matrix() is before

@@ -6,9 +6,11 @@ import pytest
 import torch
 import user_models
 from graphs import in_edges, path
+from torch import Tensor
 
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig
 from gkd_dist.errors import ConfigError, ModelError
+from gkd_dist.graph import LocalGraph
 from gkd_dist.models.build import build_model, run_model
 from gkd_dist.models.layered import LayeredModel, is_layered
 
@@ -43,6 +45,40 @@ def test_a_plain_class_gets_edge_weights_in_the_order_of_the_edges() -> None:
     model = build_model(user("Plain"), 3, 2)
     logits, _ = run_model(model, graph.x, in_edges(graph))
     torch.testing.assert_close(logits, model(graph.x, graph.edge_index, graph.edge_weight))
+
+
+class Attributed(user_models.Plain):
+    def forward(self, x: Tensor, edge_index: Tensor, *, edge_attr: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        weight = None if edge_attr is None else edge_attr.sum(1)
+        return super().forward(x, edge_index, weight)
+
+
+class Renamed(user_models.Plain):
+    def forward(self, x: Tensor, edge_index: Tensor, strength: Tensor | None = None) -> Tensor:
+        return super().forward(x, edge_index, strength)
+
+
+class Bare(user_models.Plain):
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, edge_index)
+
+
+def test_a_plain_class_gets_of_the_edges_what_its_forward_takes() -> None:
+    graph, random = path(), torch.Generator().manual_seed(0)
+    weight, attr = torch.rand(10, generator=random), torch.rand(10, 2, generator=random)
+    local = LocalGraph.from_edge_index(graph.edge_index, 6, weight, attr)
+    torch.manual_seed(0)
+    reference = user_models.Plain(3, 2)
+    expected = {
+        user_models.Plain: reference(graph.x, graph.edge_index, weight),
+        Renamed: reference(graph.x, graph.edge_index, weight),
+        Attributed: reference(graph.x, graph.edge_index, attr.sum(1)),
+        Bare: reference(graph.x, graph.edge_index),
+    }
+    for cls, logits in expected.items():
+        model = cls(3, 2)
+        model.load_state_dict(reference.state_dict())
+        torch.testing.assert_close(run_model(model, graph.x, local)[0], logits)
 
 
 def test_a_layered_class_gives_its_layers() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_geometric.nn as pyg
+import user_models
 from graphs import path
 from infer_worlds import make_graph
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gkd_dist.config import ModelConfig, PartitionConfig
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import Graph, LocalGraph
-from gkd_dist.models.layered import LayeredModel
+from gkd_dist.models.layered import LayeredModel, as_layers, forward_layers, why_not_layered
 from gkd_dist.partition.build import build_graph_store
 from gkd_dist.partition.store import GraphStore, features, local_graph
 from gkd_dist.storage import Storage
@@ -129,6 +130,62 @@ def test_a_layer_that_is_not_there_is_named(layer: int) -> None:
     graph, model = path(), model_of("gcn", in_channels=3)
     with pytest.raises(ModelError, match=rf"layers 1 to 3 \(got {layer}\)"):
         model(graph.x, graph.edge_index, layers=(1, layer))
+
+
+class Skip(user_models.Layered):
+    """Logits from both layers."""
+
+    readout_layers = (1, 2)
+
+    def readout(self, outputs: dict[int, Tensor]) -> Tensor:
+        """[n, out_channels]."""
+        return outputs[2] + outputs[1].sum(1, keepdim=True)
+
+
+def test_the_protocol_without_a_readout_gives_the_last_layer() -> None:
+    stack = as_layers(user_models.Layered(3, 2))
+    assert stack is not None
+    assert (stack.num_layers, stack.readout_layers) == (2, (2,))
+    z = torch.ones(4, 2)
+    assert stack.readout({2: z}) is z
+
+
+def test_a_readout_joins_layers_that_nobody_asked_for() -> None:
+    graph, model = path(), Skip(3, 2).eval()
+    local = LocalGraph.from_edge_index(graph.edge_index, 6)
+    logits, layers = forward_layers(model, graph.x, local, (2,))
+    first = model.forward_layer(1, graph.x, local)
+    assert set(layers) == {2}
+    torch.testing.assert_close(logits, layers[2] + first.sum(1, keepdim=True))
+    assert as_layers(model) is model
+
+
+def test_half_a_readout_is_refused() -> None:
+    model = user_models.Layered(3, 2)
+    model.readout_layers = (1, 2)  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="Layered has half a readout; give it readout as well, or neither"):
+        as_layers(model)
+
+
+@pytest.mark.parametrize("read", [(), (0, 1), (2, 3)])
+def test_a_readout_of_layers_that_are_not_there_is_refused(read: tuple[int, ...]) -> None:
+    model = Skip(3, 2)
+    model.readout_layers = read  # type: ignore[assignment]
+    with pytest.raises(ModelError, match=r"readout_layers of Skip is .* the model has layers 1 to 2; name layers that"):
+        as_layers(model)
+
+
+def test_what_a_model_lacks_is_named() -> None:
+    plain = user_models.Plain(3, 2)
+    assert as_layers(plain) is None
+    assert why_not_layered(plain) == (
+        "Plain does not follow the layer protocol, it lacks num_layers, forward_layer and activate"
+    )
+    plain.num_layers, plain.activate = 2, plain.forward  # type: ignore[assignment]
+    assert why_not_layered(plain) == "Plain does not follow the layer protocol, it lacks forward_layer"
+    graph = path()
+    with pytest.raises(ModelError, match=r"it lacks forward_layer; run it as a whole, or give it the members"):
+        forward_layers(plain, graph.x, LocalGraph.from_edge_index(graph.edge_index, 6))
 
 
 def test_an_mlp_ignores_the_graph() -> None:
