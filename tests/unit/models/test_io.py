@@ -204,7 +204,9 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, name: str, legacy: bool) 
 
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    message = r"more than tensors \(torch.nn.modules.linear.Linear.*; save it as .*torch.save\(model.state_dict\(\), path\)"
+    message = (
+        r"more than tensors \(torch.nn.modules.linear.Linear.*; save it as .*torch.save\(model.state_dict\(\), path\)"
+    )
     with pytest.raises(ModelError, match=message):
         read_checkpoint(str(tmp_path / "module.pt"))
 
