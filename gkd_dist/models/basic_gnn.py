@@ -17,7 +17,7 @@ from torch_geometric.nn.models.basic_gnn import PNA, BasicGNN
 from gkd_dist.config import ModelConfig
 from gkd_dist.errors import ConfigError
 from gkd_dist.graph import LocalGraph
-from gkd_dist.models.pyg_convs import apply_conv, why_not_local
+from gkd_dist.models.pyg_convs import apply_conv, takes_attributes, why_not_local
 
 _AGGREGATORS = ("mean", "min", "max", "std")  # those of the paper and of PyG's examples
 _SCALERS = ("identity", "amplification", "attenuation")
@@ -69,6 +69,11 @@ class BasicGnnLayers:
         hidden = [self.activate(layer, outputs[layer]) for layer in self.readout_layers]
         logits: Tensor = model.lin(model.jk(hidden) if hasattr(model, "jk") else hidden[-1])
         return logits
+
+
+def reads_attributes(model: Any) -> bool:
+    """Whether the convolutions of a `BasicGNN` were built to read edge attributes."""
+    return model.supports_edge_attr and any(takes_attributes(conv) for conv in model.convs)
 
 
 def is_basic_gnn_class(factory: object) -> bool:

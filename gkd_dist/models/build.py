@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig
 from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.graph import LocalGraph
-from gkd_dist.models.basic_gnn import basic_gnn_args, is_basic_gnn, is_basic_gnn_class, with_graph_args
+from gkd_dist.models.basic_gnn import (
+    basic_gnn_args,
+    is_basic_gnn,
+    is_basic_gnn_class,
+    reads_attributes,
+    with_graph_args,
+)
 from gkd_dist.models.layered import LayeredModel, forward_layers, is_layered, why_not_layered
 
 _POSITIONAL = (
@@ -123,7 +129,8 @@ def edge_inputs(model: nn.Module, graph: LocalGraph) -> tuple[list[Tensor], dict
     """
     parameters = list(inspect.signature(model.forward).parameters.values())[2:]
     names = {parameter.name for parameter in parameters}
-    found = {"edge_weight": graph.edge_weight, "edge_attr": graph.edge_attr}
+    unread = is_basic_gnn(model) and not reads_attributes(model)
+    found = {"edge_weight": graph.edge_weight, "edge_attr": None if unread else graph.edge_attr}
     named = {name: value for name, value in found.items() if value is not None and name in names}
     by_position = parameters and parameters[0].kind in _POSITIONAL and not names & found.keys()
     return ([graph.edge_weight] if by_position and graph.edge_weight is not None else []), named

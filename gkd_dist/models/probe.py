@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dist.errors import ModelError
-from gkd_dist.models.basic_gnn import is_basic_gnn
+from gkd_dist.models.basic_gnn import is_basic_gnn, reads_attributes
 from gkd_dist.models.build import run_model
 from gkd_dist.models.layered import Layers, as_layers, why_not_layered
 from gkd_dist.models.refusals import refuse_unsuitable
@@ -138,17 +138,13 @@ def _orders(module: nn.Module) -> bool:
 def _check_view(model: nn.Module, tiny: TinyGraph, logits: Tensor) -> None:
     """Our view of a `BasicGNN` against PyG's own forward, which a later version of PyG may change."""
     graph = tiny.graph
-    inputs = {"edge_weight": graph.edge_weight, "edge_attr": graph.edge_attr if _reads_attributes(model) else None}
+    inputs = {"edge_weight": graph.edge_weight, "edge_attr": graph.edge_attr if reads_attributes(model) else None}
     difference = distance(model(tiny.x, graph.edge_index, **inputs), logits)
     if difference > _BOUND:
         raise ModelError(
             f"the layers of {type(model).__name__} do not give what its own forward does (they differ by "
             f"{difference:.2g} of the largest); use a tested version of torch_geometric (see constraints.txt)"
         )
-
-
-def _reads_attributes(model: nn.Module) -> bool:
-    return any(getattr(module, "edge_dim", None) is not None for module in model.modules())
 
 
 def _check_layers(name: str, stack: Layers, tiny: TinyGraph, logits: Tensor) -> None:
