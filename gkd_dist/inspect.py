@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gkd_dist import layout
 from gkd_dist.config import Config
 from gkd_dist.config_file import load_config
 from gkd_dist.driver import config_of
-from gkd_dist.errors import ConfigError, ManifestError
+from gkd_dist.errors import ConfigError, GkdError, ManifestError
 from gkd_dist.inspect_measures import measure, structure_terms
 from gkd_dist.inspect_tables import write_tables
 from gkd_dist.partition.store import GraphStore
@@ -93,11 +94,26 @@ def inspect_stores(
     for kind, storage in target.stores:
         manifest = graph.manifest if graph and kind == "graph" else Manifest.load(storage, kind)
         chosen = choose_parts(len(manifest.parts), part, sample, storage.url)
-        report = _from_manifest(manifest, storage, chosen if part is not None or list_parts else [])
-        if kind == "knowledge":
-            _add_structure(report, target.config, graph, KnowledgeStore(storage, manifest), chosen)
-        reports.append(report)
+        with _understood(storage):
+            report = _from_manifest(manifest, storage, chosen if part is not None or list_parts else [])
+            if kind == "knowledge":
+                _add_structure(report, target.config, graph, KnowledgeStore(storage, manifest), chosen)
+            reports.append(report)
     return reports
+
+
+@contextmanager
+def _understood(storage: Storage) -> Iterator[None]:
+    """ManifestError for a manifest whose digest fits and whose remarks make no sense."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, GkdError):
+            raise
+        raise ManifestError(
+            f"{storage.describe(layout.MANIFEST)} describes its parts in a way that cannot be understood "
+            f"({type(error).__name__}: {error}); run the stage that writes the store again"
+        ) from error
 
 
 def choose_parts(num_parts: int, part: int | None, sample: int | None, where: str) -> list[int]:

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from flow_runs import Job, gkd
+from flow_runs import BASE, Job, gkd, make_job
+from forgery import signed
 
 from gkd_dist.data.sources import load_graph
 from gkd_dist.models.io import load_teacher
@@ -188,6 +189,19 @@ def test_tables_need_the_graph_and_one_teacher(copied: Job, tmp_path: Path) -> N
     assert "give --graph URL" in refused(str(moved), "--to-parquet", str(tmp_path / "out"))[1]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"scores": 3}, {"bounds": [], "scores": {"1.sqeuclidean": {"median": "x"}}}, {"bounds": [{"loss": 1}]}],
+)
+def test_remarks_that_make_no_sense(copied: Job, changes: dict[str, Any]) -> None:
+    file = knowledge_of(copied) / "manifest.json"
+    body = json.loads(file.read_text())
+    file.write_bytes(signed(body | {"meta": body["meta"] | changes}))
+    code, text = refused(str(knowledge_of(copied)))
+    assert code == 3
+    assert "cannot be understood" in text
+
+
 def test_a_damaged_part_is_named(copied: Job) -> None:
     file = next(knowledge_of(copied).glob("part-00001-*"))
     data = bytearray(file.read_bytes())
@@ -196,3 +210,22 @@ def test_a_damaged_part_is_named(copied: Job) -> None:
     code, text = refused(str(copied.run))
     assert code == 3
     assert file.name in text
+
+
+def test_the_largest_logits_and_scores_in_bytes_as_tables(tmp_path: Path) -> None:
+    text = BASE.replace("num_nodes: 400, num_classes: 3", "num_nodes: 800, num_classes: 6").replace(
+        "dtype: fp32", "logits: 2, scores_dtype: uint8"
+    )
+    job = make_job(tmp_path, text)
+    for stage in ("partition", "teach", "infer"):
+        outcome = job.gkd(stage)
+        assert outcome.code == 0, outcome.err
+    assert job.gkd("inspect", "--to-parquet", str(tmp_path / "out")).code == 0
+    nodes, edges = pd.read_parquet(tmp_path / "out" / "nodes"), pd.read_parquet(tmp_path / "out" / "edges")
+    stored = {column for column in nodes.columns if column.startswith("logits")}
+    assert len(stored) > 1
+    index = next(column for column in sorted(stored) if "index" in column)
+    assert all(len(set(row)) == 2 and max(row) < 6 for row in nodes[index])
+    assert [column for column in edges.columns if column.startswith("scores")] == ["scores.1.sqeuclidean"]
+    (bound,) = reports(str(job.config))[1]["bounds"]
+    assert bound["loss"] == "lsp"
