@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
+from flow_runs import Job, digests, make_job, results
 from forgery import signed
 
 from gkd_dist.errors import ManifestError
@@ -149,3 +151,19 @@ def test_ten_thousand_parts_stay_small_in_memory(tmp_path: Any) -> None:
     assert kept < 120_000, f"{kept / 1000:.0f} MB"
     assert peak < 200_000, f"{peak / 1000:.0f} MB"
     assert seconds < 30, f"{seconds:.1f} s of processor time"
+
+
+def test_nobody_else_knows_of_pages(tmp_path: Path, finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run whose manifests are in pages has the results of one whose manifests are not."""
+    monkeypatch.setattr(manifest_json.dump, "__defaults__", (2,))
+    job = make_job(tmp_path)
+    outcome = job.gkd("run")
+    assert outcome.code == 0, outcome.err
+    for pattern in ("graph", "knowledge/*", "students/*/predictions"):
+        assert all(len(list(folder.glob("manifest-*.json"))) == 2 for folder in job.run.glob(pattern))
+    assert job.gkd("run").done == []
+    assert results(job.run)["metrics"] == results(finished.run)["metrics"]
+    patterns = ("**/part-*", "students/*/*.safetensors")
+    assert digests(job.run, *patterns) == digests(finished.run, *patterns)
+    verified = job.gkd("verify", "--orphans", "--json")
+    assert (verified.json["problems"], verified.json["orphans"]) == ([], [])
