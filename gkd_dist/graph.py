@@ -73,9 +73,11 @@ class WeightedPattern:
     diagonal: Tensor | None = None
 
     def matmul(self, x: Tensor) -> Tensor:
-        """(matrix + diagonal) times ``x`` [n, d]; differentiable in ``x``."""
+        """(matrix + diagonal) times ``x`` [n, d]: a row per row of the matrix; differentiable in ``x``."""
         out = spmm(self.pattern, self.values, x)
-        return out if self.diagonal is None else out + self.diagonal.unsqueeze(1).to(x.dtype) * x
+        if self.diagonal is None:
+            return out
+        return torch.addcmul(out, self.diagonal.unsqueeze(1).to(x.dtype), x[: out.size(0)])
 
 
 @dataclass
@@ -87,6 +89,9 @@ class LocalGraph:
     the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
     float32 [m] or None. ``num_owned``: how many of the first nodes statistics are taken over, None
     for all. ``edge_attr`` float32 [m, a] or None.
+
+    In inference the pattern may have rows for the first nodes alone, those whose output is wanted
+    (``num_rows`` < ``num_nodes``); convolutions then give a row for each of those.
     """
 
     pattern: CsrPattern
@@ -121,6 +126,11 @@ class LocalGraph:
     @property
     def num_nodes(self) -> int:
         """n."""
+        return self.in_degree.numel()
+
+    @property
+    def num_rows(self) -> int:
+        """How many of the first nodes have an output."""
         return self.pattern.num_rows
 
     @property
@@ -164,20 +174,22 @@ class LocalGraph:
             degree = self.in_degree + missing
             scale = torch.where(degree > 0, degree.clamp_min(1e-38).rsqrt(), torch.zeros_like(degree))
             values = self._values() * scale[self.pattern.rows()] * scale[self.pattern.indices]
-            return WeightedPattern(self.pattern, values, missing * scale * scale)
+            return WeightedPattern(self.pattern, values, (missing * scale * scale)[: self.num_rows])
 
         return self._once("gcn", build)
 
     def loop_pattern(self) -> CsrPattern:
-        """Structure with exactly one self-loop at every node (GAT)."""
+        """Structure with exactly one self-loop at every row (GAT)."""
 
         def build() -> CsrPattern:
             rows, cols = self.pattern.rows(), self.pattern.indices
             keep = rows != cols
-            nodes = torch.arange(self.num_nodes, device=rows.device)
+            nodes = torch.arange(self.num_rows, device=rows.device)
             rows, cols = torch.cat([rows[keep], nodes]), torch.cat([cols[keep], nodes])
             order = torch.argsort(rows * max(1, self.num_nodes) + cols)
-            counts = torch.bincount(rows, minlength=self.num_nodes)
+            counts = torch.bincount(rows, minlength=self.num_rows)
+            if self.pattern.t_indptr.numel() == 0:
+                return CsrPattern.forward_only(indptr_from_counts(counts), cols[order])
             return CsrPattern.from_csr(indptr_from_counts(counts), cols[order])
 
         return self._once("loops", build)

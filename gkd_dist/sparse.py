@@ -20,11 +20,12 @@ _CHUNK_VALUES = 1 << 18  # values per chunk of gathered rows: fits a core's cach
 
 @dataclass(frozen=True)
 class CsrPattern:
-    """Structure of a square sparse matrix and of its transpose.
+    """Structure of a sparse matrix and of its transpose.
 
     ``indptr`` int64 [n + 1] and ``indices`` int64 [m] are the CSR form (row = target, column =
     source). ``t_indptr`` and ``t_indices`` are the CSR form of the transpose and ``t_perm`` int64
-    [m] says which non-zero of the matrix is the k-th of the transpose.
+    [m] says which non-zero of the matrix is the k-th of the transpose. The matrix is square, unless
+    it was made for `forward_only`: then there may be fewer rows than columns.
     """
 
     indptr: Tensor
@@ -41,9 +42,15 @@ class CsrPattern:
         counts = torch.bincount(indices, minlength=indptr.numel() - 1)
         return cls(indptr, indices, indptr_from_counts(counts), rows[t_indices_order], t_indices_order)
 
+    @classmethod
+    def forward_only(cls, indptr: Tensor, indices: Tensor) -> CsrPattern:
+        """A CSR structure without its transpose: no sort, and no backward pass."""
+        none = indices.new_empty(0)
+        return cls(indptr, indices, none, none, none)
+
     @property
     def num_rows(self) -> int:
-        """Number of rows, which is the number of columns."""
+        """Number of rows."""
         return self.indptr.numel() - 1
 
     @property

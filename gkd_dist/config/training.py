@@ -68,6 +68,10 @@ class InferConfig(Section):
     cpus_per_actor: NonNegativeFloat = 1
     threads: Positive = Field(1, description="torch threads of each actor")
     window: Positive = Field(2, description="tasks in flight per actor")
+    tile_edges: Positive = Field(
+        2_000_000, description="in-edges that one computation covers at most; changes the last bits of results"
+    )
+    taps: tuple[str, ...] = Field((), description="modules of the teacher whose output is stored, by dotted path")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp16", description="of stored logits, embeddings and scores")
     logits: AllOr = Field("all", description="stored of each node: all, or the k largest with the weight of the rest")
     scores: Literal["auto", "scores", "embeddings"] = Field("auto", description="what LSP reads; auto: the smaller")

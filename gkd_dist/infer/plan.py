@@ -4,7 +4,10 @@ A task computes one layer of one part, or gathers what is kept of one part (its 
 
     layer 1 of p        reads the features of p and of its halo
     layer l of p        reads layer l - 1 of p and of the parts that p borders on
-    knowledge of p      reads the last layer of p, and the wanted layers of p and of its borders
+    knowledge of p      reads the wanted layers of p and of its borders, and of p alone what the logits are made
+                        of (the last layer, or all that jumping knowledge reads) and what taps have left
+
+A last layer that only its own part's knowledge reads is not stored: the knowledge task computes it.
 
 A task depends on its own part and on bordering parts only: there is no barrier between layers.
 ``borders[p]`` are the parts that own p's first halo hop, in ascending order.
@@ -37,13 +40,15 @@ class Task(NamedTuple):
 class Wants:
     """What is to be kept of every part; layers are positive numbers.
 
-    ``logits``: output of the last layer. ``scores[layer]``: metrics of the raw edge scores of a
+    ``logits``: output of the model. ``scores[layer]``: metrics of the raw edge scores of a
     layer. ``embeddings``: layers whose output is kept, of owned nodes and of their first halo hop.
+    ``taps``: dotted paths of modules whose output is kept, of owned nodes.
     """
 
     logits: bool = True
     scores: Mapping[int, Collection[str]] = field(default_factory=dict)
     embeddings: Collection[int] = ()
+    taps: Collection[str] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -54,27 +59,43 @@ class Wants:
         """All (layer, metric) pairs in a fixed order."""
         return [(layer, metric) for layer in sorted(self.scores) for metric in sorted(self.scores[layer])]
 
-    def depth(self, num_layers: int) -> int:
-        """How many layers must be computed; raises `ModelError` for a layer that is not there."""
+    def depth(self, num_layers: int, tap_layers: Collection[int] = ()) -> int:
+        """How many layers must be computed; raises `ModelError` for a layer that is not there.
+
+        ``tap_layers`` are those in which the taps lie.
+        """
         for layer in self.layers:
             if not 1 <= layer <= num_layers:
                 raise ModelError(
                     f"layer {layer} is wanted of a model with layers 1..{num_layers}; name a layer that exists"
                 )
-        if not self.logits and not self.layers:
-            raise ModelError("nothing is wanted of the model; ask for logits, scores or embeddings")
-        return num_layers if self.logits else max(self.layers)
+        if not self.logits and not self.layers and not self.taps:
+            raise ModelError("nothing is wanted of the model; ask for logits, scores, embeddings or taps")
+        return num_layers if self.logits or KNOWLEDGE in tap_layers else max([*self.layers, *tap_layers])
 
 
 class TaskGraph:
     """All tasks of a run and who reads whose result; memory O(parts + borders)."""
 
-    def __init__(self, depth: int, borders: Sequence[Sequence[int]], wants: Wants) -> None:
-        """``depth`` layers are computed one by one; 0: only knowledge tasks, which read no layer."""
+    def __init__(
+        self, depth: int, borders: Sequence[Sequence[int]], wants: Wants, own_layers: Collection[int] | None = None
+    ) -> None:
+        """``depth`` layers are computed one by one; 0: only knowledge tasks, which read no layer.
+
+        ``own_layers`` are those that knowledge reads of the part alone: for the logits and for
+        taps. None: the last one where logits are wanted. ``stored`` is how many layers have tasks
+        of their own: all, or all but the last one.
+        """
         self.depth = depth
+        self.stored = depth if depth in wants.layers else max(0, depth - 1)
         self.borders = borders
         self.wants = wants
         self._kept = wants.layers if depth else ()
+        default = (depth,) if wants.logits else ()
+        own = set(default if own_layers is None else own_layers) - set(self._kept)
+        self._own = tuple(sorted(layer for layer in own if 1 <= layer <= self.stored))
+        below_last = {self.stored} if 0 < self.stored < depth else set()
+        self._around = tuple(sorted({*self._kept, *below_last}))
         self._readers: list[list[int]] = [[] for _ in borders]
         for part, sources in enumerate(borders):
             for source in sources:
@@ -87,7 +108,7 @@ class TaskGraph:
 
     def tasks(self) -> list[Task]:
         """Every task, layers first, knowledge last."""
-        steps = [*range(1, self.depth + 1), KNOWLEDGE]
+        steps = [*range(1, self.stored + 1), KNOWLEDGE]
         return [Task(layer, part) for layer in steps for part in range(self.num_parts)]
 
     def sends(self, layer: int) -> bool:
@@ -102,10 +123,8 @@ class TaskGraph:
         around = (part, *self.borders[part])
         if layer > 1:
             return [Task(layer - 1, near) for near in around]
-        read = [Task(kept, near) for kept in self._kept for near in around]
-        if self._logits_apart:
-            read.append(Task(self.depth, part))
-        return read
+        read = [Task(near_layer, near) for near_layer in self._around for near in around]
+        return read + [Task(own, part) for own in self._own if own not in self._around]
 
     def readers(self, task: Task) -> list[Task]:
         """Tasks that read the result of ``task``: the inverse of `needs`."""
@@ -113,17 +132,12 @@ class TaskGraph:
         if layer == KNOWLEDGE:
             return []
         around = (part, *self._readers[part])
-        read = [Task(layer + 1, near) for near in around] if layer < self.depth else []
-        if layer in self._kept:
+        read = [Task(layer + 1, near) for near in around] if layer < self.stored else []
+        if layer in self._around:
             read += [Task(KNOWLEDGE, near) for near in around]
-        elif layer == self.depth and self._logits_apart:
+        elif layer in self._own:
             read.append(Task(KNOWLEDGE, part))
         return read
-
-    @property
-    def _logits_apart(self) -> bool:
-        """Whether the last layer is read for its logits only: of the part itself, not of its borders."""
-        return self.depth > 0 and self.wants.logits and self.depth not in self._kept
 
 
 class Schedule:

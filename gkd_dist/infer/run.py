@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -25,9 +25,13 @@ from gkd_dist.infer.layerwise import copy_name
 from gkd_dist.infer.local import LocalExecutor
 from gkd_dist.infer.packing import Packing
 from gkd_dist.infer.plan import KNOWLEDGE, Schedule, Task, TaskGraph, Wants
+from gkd_dist.infer.taps import check_taps, probe_taps
+from gkd_dist.infer.times import TaskTimes
 from gkd_dist.infer.worker import Job, Request, Result, model_digest, trim
 from gkd_dist.models.io import ModelSpec, read_model, read_model_document
-from gkd_dist.models.layered import is_layered
+from gkd_dist.models.layered import as_layers, is_layered
+from gkd_dist.models.probe import check_model
+from gkd_dist.models.tiny import random_graph
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest, ObjectEntry
 from gkd_dist.storage import Storage
@@ -118,9 +122,10 @@ def prepare(
     model, spec = read_model(model_storage, allow_code)  # for the plan alone: the workers hold their own
     document = read_model_document(model_storage)
     _check_model(model, spec, graph, wants)
-    plan = plan_tasks(model, graph, wants)
+    tap_layers = locate_taps(model, graph, wants.taps)
+    plan = plan_tasks(model, graph, wants, tap_layers)
     job = _job(model_storage, document, graph, out, wants, settings, packing, fingerprint, allow_code, plan)
-    return Prepared(plan, job, spec, document)
+    return Prepared(plan, replace(job, tap_layers=tap_layers), spec, document)
 
 
 def input_fingerprints(
@@ -131,6 +136,7 @@ def input_fingerprints(
         wants.logits,
         [list(name) for name in wants.score_names()],
         sorted(wants.embeddings),
+        *([sorted(wants.taps)] if wants.taps else []),
         packing.dtype,
         packing.scores_dtype,
     ]
@@ -174,27 +180,46 @@ def _check_model(model: nn.Module, spec: ModelSpec, graph: GraphStore, wants: Wa
             f"the model reads {spec.in_channels} features per node, the graph at {graph.storage.url} has "
             f"{graph.num_features}; use a graph with the features that the model was trained on"
         )
-    if not is_layered(model):
-        if wants.layers or not wants.logits:
-            raise ModelError(
-                f"{spec.config.kind} has no layers to take scores or embeddings from; "
-                "give it num_layers, forward_layer and activate, or drop the losses that read teacher layers"
-            )
-        hops = graph.manifest.meta["halo_hops"]
-        log.warning(
-            "%s is not layered: it runs on each part with its %d halo hops (k-hop mode), which is exact while it looks "
-            "no further; a model that normalises by the degree of neighbours looks one hop further than its depth",
-            spec.config.kind,
-            hops,
+    if not is_layered(model) and (wants.layers or not wants.logits):
+        raise ModelError(
+            f"{spec.config.kind} has no layers to take scores or embeddings from; "
+            "give it num_layers, forward_layer and activate, or drop the losses that read teacher layers"
         )
+    found = check_model(
+        model, graph.num_features, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features
+    )
+    hops = int(graph.manifest.meta["halo_hops"])
+    log.log(logging.INFO if found.exact(hops) else logging.WARNING, "%s", found.sentence(hops))
 
 
-def plan_tasks(model: Any, graph: GraphStore, wants: Wants) -> TaskGraph:
+def locate_taps(model: nn.Module, graph: GraphStore, taps: Collection[str]) -> dict[str, int]:
+    """Layer of each tap; KNOWLEDGE for those outside the layers, which for a model without layers are all.
+
+    `ModelError` for a tap that there is not, or that no layer can be found for.
+    """
+    if not taps:
+        return {}
+    check_taps(model, taps)
+    layers = as_layers(model)
+    if layers is None:
+        return dict.fromkeys(taps, KNOWLEDGE)
+    tiny = random_graph(graph.num_features, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features)
+    return probe_taps(model, layers, taps, tiny.x, tiny.graph)
+
+
+def plan_tasks(
+    model: nn.Module, graph: GraphStore, wants: Wants, tap_layers: Mapping[str, int] | None = None
+) -> TaskGraph:
     """All tasks for ``model``; models that are not layered get knowledge tasks alone."""
-    depth = wants.depth(model.num_layers) if is_layered(model) else 0
-    if depth > 1 or (depth == 1 and wants.layers):
-        return TaskGraph(depth, read_borders(graph), wants)
-    return TaskGraph(depth, [()] * graph.num_parts, wants)
+    layers, found = as_layers(model), set((tap_layers or {}).values())
+    if layers is None:
+        return TaskGraph(0, [()] * graph.num_parts, wants)
+    depth = wants.depth(layers.num_layers, found)
+    own = found - {KNOWLEDGE}
+    if wants.logits or KNOWLEDGE in found:
+        own |= set(layers.readout_layers)
+    needs_borders = depth > 1 or wants.layers
+    return TaskGraph(depth, read_borders(graph) if needs_borders else [()] * graph.num_parts, wants, own)
 
 
 def read_borders(graph: GraphStore) -> list[list[int]]:
@@ -230,10 +255,13 @@ def _job(
         out=out,
         wants=wants,
         depth=plan.depth,
-        sends=frozenset(layer for layer in range(1, plan.depth + 1) if plan.sends(layer)),
+        stored=plan.stored,
+        sends=frozenset(layer for layer in range(1, plan.stored + 1) if plan.sends(layer)),
         packing=packing,
         threads=settings.threads,
         device="cuda" if settings.gpus_per_actor else "cpu",
+        tile_edges=settings.tile_edges,
+        tap_layers={},
     )
 
 
@@ -247,6 +275,7 @@ class _Run:
     commits: Commits
     ownership_check: Callable[[], None]
     histograms: dict[str, Histogram] = field(default_factory=dict)
+    times: TaskTimes = field(default_factory=TaskTimes)
     _entries: dict[Task, ObjectEntry] = field(default_factory=dict)
 
     def drive(self, progress: Callable[[int, int], None]) -> None:
@@ -261,10 +290,15 @@ class _Run:
                     in_flight += 1
                 for task, result in self.executor.wait():
                     in_flight -= 1
+                    self.times.add(task, result.seconds)
+                    if result.warning:
+                        log.warning("%s", result.warning)
                     self._commit(schedule, task, result)
                     progress(schedule.num_done, schedule.num_tasks)
         finally:
             self.executor.discard()
+            for line in self.times.summary():
+                log.info("%s", line)
 
     def entry(self, task: Task) -> ObjectEntry:
         """The object of a task that is done and still read, or of knowledge."""

@@ -6,7 +6,9 @@ of size [m, d] nor a scatter, and which use the degrees of the whole graph. Each
 the options of the PyG class and nothing else of its own, so that it also runs a plain PyG
 convolution: ``GCN.forward(conv, x, graph)``.
 
-Rows whose in-edges are all in the graph are exact; what the others get means nothing.
+Rows whose in-edges are all in the graph are exact; what the others get means nothing. On a graph with
+fewer rows than nodes an output has a row for each row of the graph. Products are taken in the cheaper
+order, but in PyG's own where somebody listens to what is in between by a forward hook.
 
 Shapes: ``n`` local nodes, ``m`` edges, ``h`` heads, ``a`` edge attributes.
 """
@@ -32,7 +34,7 @@ class GCN(GCNConv):
     def forward(self, x: Tensor, graph: LocalGraph) -> Tensor:
         """[n, d_in] to [n, d_out]; the product runs on the narrower side."""
         matrix = gcn_matrix(graph, self.normalize, self.add_self_loops, 2.0 if self.improved else 1.0)
-        narrow_first = self.in_channels > self.out_channels
+        narrow_first = self.in_channels > self.out_channels or bool(self.lin._forward_hooks)
         out = matrix.matmul(self.lin(x)) if narrow_first else self.lin(matrix.matmul(x))
         return out if self.bias is None else out + self.bias
 
@@ -56,7 +58,7 @@ def gcn_matrix(graph: LocalGraph, normalize: bool, add_self_loops: bool, loop_we
         degree = graph.in_degree + added
         scale = torch.where(degree > 0, degree.clamp_min(1e-38).rsqrt(), torch.zeros_like(degree))
         values = values * scale[graph.pattern.rows()] * scale[graph.pattern.indices]
-        return WeightedPattern(graph.pattern, values, added * scale * scale)
+        return WeightedPattern(graph.pattern, values, (added * scale * scale)[: graph.num_rows])
 
     return graph.derived(f"gcn-{normalize}-{add_self_loops}-{loop_weight}", build)
 
@@ -68,12 +70,12 @@ class SAGE(SAGEConv):
         """[n, d_in] to [n, d_out]; the aggregation is linear, so it runs on the narrower side."""
         source = self.lin(x).relu() if self.project else x
         matrix = graph.mean_matrix() if isinstance(self.aggr_module, MeanAggregation) else graph.sum_matrix()
-        if self.lin_l.in_channels > self.lin_l.out_channels:
+        if self.lin_l.in_channels > self.lin_l.out_channels and not self.lin_l._forward_hooks:
             out = matrix.matmul(F.linear(source, self.lin_l.weight))
             out = out if self.lin_l.bias is None else out + self.lin_l.bias
         else:
             out = self.lin_l(matrix.matmul(source))
-        out = out + self.lin_r(x) if self.root_weight else out
+        out = out + self.lin_r(x[: out.size(0)]) if self.root_weight else out
         return F.normalize(out, p=2.0, dim=-1) if self.normalize else out
 
 
@@ -93,7 +95,7 @@ class GAT(GATConv):
         attention = F.dropout(attention, self.dropout, self.training)
         parts = [spmm(pattern, attention[:, k], heads[:, k]) for k in range(self.heads)]
         out = torch.cat(parts, dim=1) if self.concat else torch.stack(parts).mean(0)
-        out = out.to(hidden.dtype) if self.res is None else out.to(hidden.dtype) + self.res(x)
+        out = out.to(hidden.dtype) if self.res is None else out.to(hidden.dtype) + self.res(x[: out.size(0)])
         return out if self.bias is None else out + self.bias
 
 
@@ -135,7 +137,8 @@ class GIN(GINConv):
 
     def forward(self, x: Tensor, graph: LocalGraph) -> Tensor:
         """[n, d_in] to [n, d_out]."""
-        out: Tensor = self.nn(graph.sum_matrix().matmul(x) + (1 + self.eps) * x)
+        neighbours = graph.sum_matrix().matmul(x)
+        out: Tensor = self.nn(neighbours + (1 + self.eps) * x[: neighbours.size(0)])
         return out
 
 
@@ -144,7 +147,7 @@ class Dense(nn.Linear):
 
     def forward(self, x: Tensor, graph: LocalGraph | None = None) -> Tensor:
         """[n, d_in] to [n, d_out]."""
-        return super().forward(x)
+        return super().forward(x if graph is None else x[: graph.num_rows])
 
 
 def build_conv(kind: str, d_in: int, d_out: int, heads: int, dropout: float) -> nn.Module:

@@ -137,10 +137,10 @@ def forward_layers(
 
 def checked_layer(model: nn.Module, layer: int, z: Tensor, graph: LocalGraph) -> Tensor:
     """``z``, which ``forward_layer`` gave; `ModelError` where it has not one row per node."""
-    if not isinstance(z, Tensor) or z.dim() != 2 or z.size(0) != graph.num_nodes:
+    if not isinstance(z, Tensor) or z.dim() != 2 or z.size(0) != graph.num_rows:
         found = f"shape {list(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
         raise ModelError(
-            f"forward_layer({layer}) of {type(model).__name__} gave {found} for {graph.num_nodes} nodes; "
+            f"forward_layer({layer}) of {type(model).__name__} gave {found} for {graph.num_rows} nodes; "
             "it must give one row per node"
         )
     return z
@@ -155,6 +155,8 @@ def as_local_graph(edges: LocalGraph | Tensor, num_nodes: int, edge_weight: Tens
 
 class LayeredModel(nn.Module):
     """GCN, GraphSAGE, GAT, GIN or MLP of any depth."""
+
+    rows_alone = True  # `forward_layer` can leave out nodes that have no row in the graph
 
     def __init__(self, config: ModelConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -175,7 +177,7 @@ class LayeredModel(nn.Module):
         """``z_l`` [n, d_l] from the activations ``h`` [n, d_(l-1)] below it."""
         z = self.convs[layer - 1](h, graph)
         if self.residual and layer < self.num_layers:
-            z = z + self.skips[layer - 1](h)
+            z = z + self.skips[layer - 1](h[: z.size(0)])
         norm = self.norms[layer - 1]
         out: Tensor = norm(z, graph) if isinstance(norm, OwnedBatchNorm) else norm(z)
         return out

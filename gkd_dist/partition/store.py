@@ -75,11 +75,17 @@ def features(tensors: dict[str, Tensor], name: str, num_features: int) -> Tensor
     return dense
 
 
-def local_graph(tensors: dict[str, Tensor], num_nodes: int | None = None, num_rows: int | None = None) -> LocalGraph:
+def local_graph(
+    tensors: dict[str, Tensor],
+    num_nodes: int | None = None,
+    num_rows: int | None = None,
+    *,
+    forward_only: bool = False,
+) -> LocalGraph:
     """Edges of a part: of its first ``num_rows`` rows among its first ``num_nodes`` nodes.
 
     Defaults to the whole part. Rows from ``num_rows`` on have no edges. The stored transpose is
-    used for the whole part and rebuilt for a prefix.
+    used for the whole part and rebuilt for a prefix; ``forward_only`` does without, for inference.
     """
     stored_nodes, stored_rows = tensors["n_id"].numel(), tensors["indptr"].numel() - 1
     num_nodes = stored_nodes if num_nodes is None else num_nodes
@@ -88,7 +94,9 @@ def local_graph(tensors: dict[str, Tensor], num_nodes: int | None = None, num_ro
     indptr = torch.full((num_nodes + 1,), num_edges, dtype=torch.int64)
     indptr[: num_rows + 1] = tensors["indptr"][: num_rows + 1]
     indices = tensors["indices"][:num_edges].long()
-    if num_nodes == stored_nodes and num_rows == stored_rows:
+    if forward_only:
+        pattern = CsrPattern.forward_only(indptr, indices)
+    elif num_nodes == stored_nodes and num_rows == stored_rows:
         perm = tensors["t_perm"].long()
         pattern = CsrPattern(indptr, indices, tensors["t_indptr"], row_index(indptr)[perm], perm)
     else:

@@ -47,7 +47,7 @@ def test_the_input_is_owned_and_first_hop_features() -> None:
 def test_a_layer_sees_first_hop_edges_and_keeps_owned_rows() -> None:
     graph = layerwise.one_hop_graph(PART, COUNTS)
     assert graph.edge_index.tolist() == [[2, 0], [0, 1]]
-    z = layerwise.compute_layer(Sum(), 1, layerwise.first_input(PART, COUNTS, 1), graph, 2)
+    z = layerwise.compute_layer(Sum(), 1, layerwise.first_input(PART, COUNTS, 1), graph)
     assert z.tolist() == [[6.0], [2.0]]
     assert not z.requires_grad
 
@@ -76,7 +76,7 @@ def test_a_layer_of_the_wrong_shape_is_named() -> None:
             return h[:1]
 
     with pytest.raises(ModelError, match=r"forward_layer\(1\) of Short gave shape \[1, 1\] for 3 nodes"):
-        layerwise.compute_layer(Short(), 1, torch.ones(3, 1), layerwise.one_hop_graph(PART, COUNTS), 2)
+        layerwise.compute_layer(Short(), 1, torch.ones(3, 1), layerwise.one_hop_graph(PART, COUNTS))
 
 
 def test_infinite_results_are_named() -> None:

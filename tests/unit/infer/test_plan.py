@@ -13,22 +13,41 @@ ROW = ((1,), (0, 2), (1,))  # parts 0 - 1 - 2
 
 
 def test_tasks_read_their_own_part_and_its_borders_only() -> None:
-    graph = TaskGraph(2, ROW, Wants(logits=True))
+    graph = TaskGraph(3, ROW, Wants(logits=True))
     assert graph.needs(Task(1, 0)) == []
     assert graph.needs(Task(2, 0)) == [Task(1, 0), Task(1, 1)]
     assert graph.needs(Task(2, 1)) == [Task(1, 1), Task(1, 0), Task(1, 2)]
-    assert graph.needs(Task(KNOWLEDGE, 1)) == [Task(2, 1)]
+    assert graph.needs(Task(KNOWLEDGE, 1)) == [Task(2, 1), Task(2, 0), Task(2, 2)]
+
+
+def test_a_last_layer_that_only_its_own_knowledge_reads_has_no_task() -> None:
+    assert TaskGraph(2, ROW, Wants(logits=True)).tasks()[3:] == [Task(KNOWLEDGE, part) for part in range(3)]
+    kept = TaskGraph(2, ROW, Wants(logits=True, scores={2: {"dot"}}))
+    assert kept.tasks()[3:6] == [Task(2, part) for part in range(3)]
+    assert kept.needs(Task(KNOWLEDGE, 0)) == [Task(2, 0), Task(2, 1)]
+
+
+def test_what_logits_and_taps_are_made_of_is_read_of_the_own_part_alone() -> None:
+    graph = TaskGraph(3, ROW, Wants(), own_layers={1, 2, 3})
+    assert graph.needs(Task(KNOWLEDGE, 0)) == [Task(2, 0), Task(2, 1), Task(1, 0)]
+    assert graph.readers(Task(1, 0)) == [Task(2, 0), Task(2, 1), Task(KNOWLEDGE, 0)]
 
 
 def test_scores_need_the_layer_on_bordering_parts() -> None:
     graph = TaskGraph(2, ROW, Wants(logits=True, scores={1: {"dot"}}))
-    assert graph.needs(Task(KNOWLEDGE, 0)) == [Task(1, 0), Task(1, 1), Task(2, 0)]
+    assert graph.needs(Task(KNOWLEDGE, 0)) == [Task(1, 0), Task(1, 1)]
 
 
 def test_halo_copies_are_made_only_where_they_are_read() -> None:
     assert not TaskGraph(2, ROW, Wants()).sends(2)
     assert TaskGraph(2, ROW, Wants()).sends(1)
     assert TaskGraph(2, ROW, Wants(embeddings={2})).sends(2)
+
+
+def test_taps_say_how_deep_to_go() -> None:
+    wants = Wants(logits=False, taps={"convs.1"})
+    assert wants.depth(4, {2}) == 2
+    assert wants.depth(4, {KNOWLEDGE}) == 4
 
 
 def test_nothing_deeper_than_wanted_is_computed() -> None:
@@ -43,7 +62,7 @@ def test_impossible_wants_are_refused(wants: Wants) -> None:
 
 
 def test_a_part_goes_on_without_waiting_for_parts_it_does_not_border() -> None:
-    schedule = Schedule(TaskGraph(2, ROW, Wants()))
+    schedule = Schedule(TaskGraph(3, ROW, Wants()))
     assert schedule.take(2) == [Task(1, 0), Task(1, 1)]
     schedule.finish(Task(1, 0))
     assert schedule.take(1) == [Task(1, 2)]
@@ -55,9 +74,10 @@ def test_outputs_are_released_when_the_last_reader_is_done() -> None:
     schedule = Schedule(TaskGraph(2, ROW, Wants()))
     for task in schedule.take(3):
         assert schedule.finish(task) == []
-    assert schedule.finish(Task(2, 0)) == []
-    assert schedule.finish(Task(2, 1)) == [Task(1, 0)]
-    assert schedule.finish(Task(2, 2)) == [Task(1, 2), Task(1, 1)]
+    schedule.take(3)
+    assert schedule.finish(Task(KNOWLEDGE, 0)) == []
+    assert schedule.finish(Task(KNOWLEDGE, 1)) == [Task(1, 0)]
+    assert schedule.finish(Task(KNOWLEDGE, 2)) == [Task(1, 2), Task(1, 1)]
 
 
 def test_models_that_are_not_layered_have_knowledge_tasks_alone() -> None:
@@ -71,7 +91,8 @@ def task_graphs(draw: st.DrawFn) -> TaskGraph:
     num_parts, depth = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     borders = [sorted(draw(st.sets(st.sampled_from(range(num_parts)))) - {part}) for part in range(num_parts)]
     layers = draw(st.sets(st.integers(1, depth), max_size=2))
-    return TaskGraph(depth, borders, Wants(True, {layer: {"dot"} for layer in layers}))
+    own = draw(st.none() | st.sets(st.integers(1, depth), max_size=2))
+    return TaskGraph(depth, borders, Wants(True, {layer: {"dot"} for layer in layers}), own)
 
 
 @given(task_graphs(), st.randoms(use_true_random=False))

@@ -139,10 +139,11 @@ def test_plain_models_run_on_their_halo_and_say_so(
     world = make_world()
     graph, out = world.cut(3, halo_hops=2), world.storage("k")
     storage, model = world.model(PLAIN_KIND)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         manifest = infer_nodes(storage, graph, out, Wants(), exact, fingerprint=FINGERPRINT, allow_code=[PLAIN_KIND])
     assert manifest.meta["mode"] == "khop"
     assert "k-hop mode" in caplog.text
+    assert "exact, it looks 2 hops far" in caplog.text
     with torch.no_grad():
         assert_close(whole(graph, out, manifest, "logits"), model(world.graph.x, world.graph.edge_index))
 
@@ -239,7 +240,7 @@ def test_killed_at_any_write_it_goes_on_and_ends_with_the_same_bytes(
     out, counter = flaky(world.storage("reference"))
     reference = run(out)
     num_writes = counter.num_writes
-    assert num_writes == 1 + 2 * (2 * 2 + 2) + 1  # the marker; object and record of every task; the manifest
+    assert num_writes == 1 + 2 * (2 + 2) + 1  # the marker; object and record of every task; the manifest
     for die_at in range(1, num_writes + 1):
         folder = world.storage(f"killed-{die_at}")
         with pytest.raises(Killed):
@@ -281,7 +282,7 @@ def test_a_driver_that_lost_the_run_stops_before_its_next_commit(make_world: Mak
             progress=lambda done, total: seen.append((done, total)),
             ownership_check=owned,
         )
-    assert seen == [(0, 8), (1, 8), (2, 8)]
+    assert seen == [(0, 6), (1, 6), (2, 6)]
     assert not world.storage("k").exists(layout.MANIFEST)
 
 

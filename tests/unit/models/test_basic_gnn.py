@@ -18,7 +18,7 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 from gkd_dist.config import ModelConfig, PartitionConfig
 from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.graph import Graph, LocalGraph
-from gkd_dist.infer.layerwise import one_hop_graph
+from gkd_dist.infer.layerwise import one_hop_graph, with_rows
 from gkd_dist.models.basic_gnn import BasicGnnLayers
 from gkd_dist.models.build import build_model, resolve_model, run_model
 from gkd_dist.models.layered import as_layers, forward_layers, is_layered, why_not_layered
@@ -83,7 +83,11 @@ def cuts() -> dict[tuple[str, str], Cut]:
 def part_of(store: GraphStore, index: int) -> tuple[Tensor, int, LocalGraph]:
     part, counts = store.part(index), store.manifest.parts[index].counts
     num_owned = counts["num_owned"]
-    return part["n_id"][: num_owned + counts["num_halo_1"]], num_owned, one_hop_graph(part, counts)
+    return (
+        part["n_id"][: num_owned + counts["num_halo_1"]],
+        num_owned,
+        with_rows(one_hop_graph(part, counts), num_owned + counts["num_halo_1"]),
+    )
 
 
 @torch.no_grad()
