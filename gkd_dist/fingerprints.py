@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gkd_dist.config import Config, LabelLoss, TrainConfig
+from gkd_dist.config import Config, InferConfig, LabelLoss, TrainConfig
 from gkd_dist.config_file import config_fingerprint
 
 FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 1, "evaluation": 1}
@@ -58,6 +58,13 @@ def knowledge_fingerprint(config: Config, teacher: str, weights_sha256: str, wan
     dtype, scores_dtype = config.infer.dtype, config.infer.scores_dtype or config.infer.dtype
     dtypes = dtype if scores_dtype == dtype else f"{dtype}, scores {scores_dtype}"
     return _of("knowledge", graph_fingerprint(config), teacher, weights_sha256, wants, dtypes)
+
+
+def inference_details(settings: InferConfig) -> dict[str, Any]:
+    """What else changes the bytes of knowledge; empty for the defaults, whose fingerprint stays as it was."""
+    taps = {"taps": sorted(settings.taps)} if settings.taps else {}
+    is_default = settings.tile_edges == InferConfig().tile_edges
+    return taps if is_default else taps | {"tile_edges": settings.tile_edges}
 
 
 def student_fingerprint(config: Config, knowledge: str | None) -> str:

@@ -34,16 +34,25 @@ def layer_width(config: Config, layer: int, meta: Mapping[str, Any]) -> int:
 
 
 def _user_widths(config: Config, meta: Mapping[str, Any]) -> dict[int, int]:
+    from gkd_dist.models.probe import layer_widths
+
+    return layer_widths(_tried_teacher(config, meta), *_tiny_like(meta))
+
+
+def _tried_teacher(config: Config, meta: Mapping[str, Any]) -> Any:
+    """The teacher as it is built, without its weights."""
     import torch
 
     from gkd_dist.models.build import build_model, resolve_model
-    from gkd_dist.models.probe import layer_widths
 
-    num_features = int(meta["num_features"])
+    num_features, num_classes = int(meta["num_features"]), int(meta["num_classes"])
     with torch.random.fork_rng(devices=[]):
-        model = build_model(resolve_model(config.teacher.model, meta), num_features, int(meta["num_classes"])).eval()
-        weighted, num_edge_features = bool(meta.get("has_edge_weight")), int(meta.get("num_edge_features", 0))
-        return layer_widths(model, num_features, weighted, num_edge_features)
+        return build_model(resolve_model(config.teacher.model, meta), num_features, num_classes).eval()
+
+
+def _tiny_like(meta: Mapping[str, Any]) -> tuple[int, bool, int]:
+    """What a tiny graph to try models on has: features, edge weights, edge attributes."""
+    return int(meta["num_features"]), bool(meta.get("has_edge_weight")), int(meta.get("num_edge_features", 0))
 
 
 def scores_dtype(config: Config) -> str:
@@ -110,7 +119,19 @@ def knowledge_kinds(config: Config, meta: Mapping[str, Any]) -> list[Kind]:
     for layer in sorted(embeddings):
         shape = (_num_rows(meta), layer_width(config, layer, meta))
         kinds.append(Kind(f"embeddings.{layer}", config.infer.dtype, shape, _embedding_bytes(config, meta, layer)))
-    return kinds
+    return kinds + _tap_kinds(config, meta)
+
+
+def _tap_kinds(config: Config, meta: Mapping[str, Any]) -> list[Kind]:
+    if not config.infer.taps:
+        return []
+    from gkd_dist.infer.taps import tap_widths
+    from gkd_dist.models.tiny import random_graph
+
+    tiny, num_nodes = random_graph(*_tiny_like(meta)), int(meta["num_nodes"])
+    widths = tap_widths(_tried_teacher(config, meta), config.infer.taps, tiny.x, tiny.graph)
+    size = _BYTES[config.infer.dtype] * num_nodes
+    return [Kind(f"taps.{tap}", config.infer.dtype, (num_nodes, width), size * width) for tap, width in widths.items()]
 
 
 def _logit_kinds(config: Config, meta: Mapping[str, Any]) -> Iterator[Kind]:

@@ -214,6 +214,7 @@ def _infer_fingerprint(session: Session) -> str:
     }
     if session.config.infer.logits != "all":
         wants["logits"] = [session.config.infer.logits, *packing(session.config).temperatures]
+    wants |= fp.inference_details(session.config.infer)
     return fp.knowledge_fingerprint(session.config, teach_fingerprint(session), document["weights"]["sha256"], wants)
 
 
@@ -247,7 +248,7 @@ def infer_wants(session: Session) -> Any:
     from gkd_dist.infer.plan import Wants
 
     scores, embeddings = plan_knowledge(session.config, open_graph(session).manifest.meta)
-    return Wants(True, scores, embeddings)
+    return Wants(True, scores, embeddings, session.config.infer.taps)
 
 
 def infer_discard(session: Session) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.infer.plan import KNOWLEDGE
+from gkd_dist.models.build import run_model
 from gkd_dist.models.layered import Layers
 
 Recorded = dict[str, list[Tensor]]
@@ -88,6 +89,16 @@ def tap_layers(fired: Mapping[int, Collection[str]], taps: Collection[str]) -> d
             raise ModelError(f"the module {tap} does not run in inference; remove it from infer.taps")
         layers[tap] = found[0]
     return layers
+
+
+def tap_widths(model: nn.Module, taps: Collection[str], x: Tensor, graph: LocalGraph) -> dict[str, int]:
+    """Width of what each tap gives, by a run on the small ``graph``; raises what `check_taps` and `owned_rows` do."""
+    check_taps(model, taps)
+    with recording(model, taps) as recorded, torch.inference_mode():
+        run_model(model, x, graph)
+    found = owned_rows(recorded, x.size(0), x.size(0), "the model")
+    tap_layers({KNOWLEDGE: set(found)}, taps)
+    return {tap: values.size(1) for tap, values in found.items()}
 
 
 def probe_taps(model: nn.Module, layers: Layers, taps: Collection[str], x: Tensor, graph: LocalGraph) -> dict[str, int]:
