@@ -62,7 +62,11 @@ class World:
     def model(self, kind: str = "gcn", **options: object) -> tuple[Storage, nn.Module]:
         """A stored model and the module itself, in eval mode."""
         settings = {"hidden": 5, "layers": 3, "norm": "batch", "dropout": 0.5, **options}
-        config = ModelConfig.model_validate({"kind": kind, **settings})
+        return self.store_model(ModelConfig.model_validate({"kind": kind, **settings}))
+
+    def store_model(self, config: ModelConfig) -> tuple[Storage, nn.Module]:
+        """The model of any configuration, stored, and the module itself, in eval mode."""
+        kind = config.kind
         torch.manual_seed(1)
         model = build_model(config, NUM_FEATURES, NUM_CLASSES).eval()
         for name, buffer in model.named_buffers():

@@ -66,6 +66,10 @@ class InferConfig(Section):
     num_actors: NonNegative = 2
     gpus_per_actor: NonNegativeFloat = 0
     cpus_per_actor: NonNegativeFloat = 1
+    memory_per_actor: Positive | None = Field(None, description="bytes of memory that Ray reserves for each actor")
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="other Ray resources that each actor takes, e.g. {highmem: 1}"
+    )
     threads: Positive = Field(1, description="torch threads of each actor")
     window: Positive = Field(2, description="tasks in flight per actor")
     tile_edges: Positive = Field(

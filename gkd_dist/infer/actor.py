@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from gkd_dist.config import InferConfig
 from gkd_dist.errors import TeacherError
 from gkd_dist.infer.plan import Task
+from gkd_dist.infer.times import STRAGGLES_AFTER, TaskTimes
 from gkd_dist.infer.worker import Request, Result, Worker
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,10 @@ class _Flight:
     lost: int = 0
     since: float = field(default_factory=time.monotonic)
 
+    def __str__(self) -> str:
+        process = "not started yet" if self.place.pid is None else f"process {self.place.pid}"
+        return f"{self.request.task} on inference actor {self.place.number} ({process})"
+
 
 class ActorPool:
     """``settings.num_actors`` actors, started at the first task and kept for many runs: an `Executor`."""
@@ -67,6 +72,9 @@ class ActorPool:
         self._settings = settings
         self._places: list[_Place] = []
         self._flights: dict[Any, _Flight] = {}
+        self._window = settings.window
+        self._times = TaskTimes()
+        self._stragglers: set[Any] = set()
         self._last_news = time.monotonic()
         self._reported = self._last_news
 
@@ -78,8 +86,8 @@ class ActorPool:
 
     @property
     def num_slots(self) -> int:
-        """Tasks that may be in flight: ``window`` per actor."""
-        return self._settings.num_actors * self._settings.window
+        """Tasks that may be in flight: ``window`` per actor, fewer once Ray has ended one for its memory."""
+        return self._settings.num_actors * self._window
 
     def pids(self) -> list[int]:
         """Process ids of the actors; waits until all have started."""
@@ -104,12 +112,15 @@ class ActorPool:
         ready, _ = ray.wait(list(self._flights), num_returns=1, timeout=_WAIT_S)
         if not ready:
             self._look_around()
+        self._tell_stragglers()
         results = []
         for ref in ready:
             flight = self._flights.pop(ref)
             self._last_news = time.monotonic()
             try:
-                results.append((flight.request.task, ray.get(ref)))
+                result: Result = ray.get(ref)
+                self._times.add(flight.request.task, result.seconds)
+                results.append((flight.request.task, result))
             except RayTaskError as error:
                 if isinstance(error.cause, Exception):
                     raise error.cause from error
@@ -124,6 +135,7 @@ class ActorPool:
             with contextlib.suppress(RayError):
                 ray.cancel(ref, force=False)
         self._flights.clear()
+        self._times = TaskTimes()
 
     def close(self) -> None:
         """Ends the actors."""
@@ -142,6 +154,8 @@ class ActorPool:
         return actor_class.options(
             num_cpus=settings.cpus_per_actor,
             num_gpus=settings.gpus_per_actor,
+            memory=settings.memory_per_actor,
+            resources=dict(settings.resources) or None,
             max_restarts=0,
             max_task_retries=0,
             max_concurrency=settings.window + 1,  # one more answers pings
@@ -167,6 +181,9 @@ class ActorPool:
                 "else raise infer.max_task_retries"
             ) from error
         log.warning("inference actor %d was lost (%s); %s runs again", place.number, reason, task)
+        if isinstance(error, OutOfMemoryError) and self._window > 1:
+            self._window -= 1
+            log.warning("its machine ran out of memory: %d tasks in flight per actor from now on", self._window)
         if place.actor is flight.actor:
             self._replace(place, error)
         self._dispatch(flight.request, lost, avoid=place)
@@ -185,6 +202,20 @@ class ActorPool:
                 f"all {self._settings.num_actors} inference actors were lost, each after {self._settings.max_restarts} "
                 "restarts; see the Ray logs for the reason, and run the same command again to go on"
             ) from error
+
+    def _tell_stragglers(self) -> None:
+        """Names, once, each task that takes much longer than its like."""
+        now = time.monotonic()
+        for ref, flight in self._flights.items():
+            limit = self._times.limit_s(flight.request.task.layer)
+            if limit is not None and now - flight.since > limit and ref not in self._stragglers:
+                self._stragglers.add(ref)
+                log.warning(
+                    "straggler: %s runs for %.0f s, more than %.0f times the median of its like",
+                    flight,
+                    now - flight.since,
+                    STRAGGLES_AFTER,
+                )
 
     def _look_around(self) -> None:
         """Replaces actors that have stopped answering, and says what is being waited for."""

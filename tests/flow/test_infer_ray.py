@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import pytest
 import torch
 from infer_worlds import World, assert_close, make_graph, whole
 
-from gkd_dist.config import InferConfig, RayConfig
+from gkd_dist.config import InferConfig, ModelConfig, RayConfig
 from gkd_dist.errors import InfrastructureError, ModelError, ShardError, TeacherError
-from gkd_dist.infer import actor
+from gkd_dist.infer import actor, times
 from gkd_dist.infer.actor import ActorPool
 from gkd_dist.infer.cluster import start_ray
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import infer_nodes
+from gkd_dist.models.build import resolve_model
 
 pytestmark = pytest.mark.timeout(300)
 SETTINGS = InferConfig(num_actors=2, cpus_per_actor=0.5, dtype="fp32")
@@ -126,6 +128,7 @@ def test_a_running_cluster_is_joined_and_left_alone(ray_runs: None) -> None:
 
     program = """
 import sys
+import threading
 from gkd_dist.config import RayConfig
 from gkd_dist.infer.cluster import start_ray
 with start_ray(RayConfig(address=sys.argv[1]), 2, 0):
@@ -146,3 +149,65 @@ def test_more_than_the_cluster_has_is_refused_with_both_numbers(ray_runs: None) 
         start_ray(RayConfig(timeout_s=0.5), 99, 0),
     ):
         pass
+
+
+def test_a_straggler_is_named_once(
+    pool: ActorPool, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(actor, "_WAIT_S", 0.5)
+    monkeypatch.setattr(actor, "_SILENT_S", 60.0)
+    monkeypatch.setattr(times, "SHORTEST_STRAGGLE_S", 1.0)
+    graph, (storage, _) = world.cut(8, "random"), world.model("sage")
+    stopped = psutil.Process(pool.pids()[0])
+    going_on = threading.Timer(4.0, stopped.resume)
+
+    def stop(done: int, total: int) -> None:
+        if done == 4:
+            stopped.suspend()
+            going_on.start()
+
+    try:
+        infer_nodes(storage, graph, world.storage("k"), WANTS, SETTINGS, fingerprint="f" * 64, pool=pool, progress=stop)
+    finally:
+        going_on.join()
+    told = [record.message for record in caplog.records if record.message.startswith("straggler: layer 1 of part")]
+    assert told
+    assert all(f"process {stopped.pid}" in line for line in told)
+    assert len(told) == len(set(told)) <= SETTINGS.window
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def any_pool(request: pytest.FixtureRequest, ray_runs: None) -> Iterator[ActorPool]:
+    """Pools of one, two and four actors."""
+    with ActorPool(SETTINGS.model_copy(update={"num_actors": request.param, "cpus_per_actor": 0.25})) as pool:
+        yield pool
+
+
+PYG_TEACHERS = {
+    "gcn": ("GCN", {"norm": "batch_norm", "jk": "cat"}),
+    "sage": ("GraphSAGE", {"norm": "layer_norm", "norm_kwargs": {"mode": "node"}}),
+    "gat": ("GAT", {"heads": 2, "residual": True, "jk": "last"}),
+    "gin": ("GIN", {"act": "elu"}),
+    "pna": ("PNA", {"act_first": True, "norm": "batch_norm"}),
+    "edgecnn": ("EdgeCNN", {}),
+}
+
+
+@pytest.mark.parametrize("method", ["metis", "random"])
+@pytest.mark.parametrize("name", PYG_TEACHERS)
+def test_stored_logits_are_those_of_pyg_on_the_whole_graph(
+    any_pool: ActorPool, tmp_path: Path, name: str, method: str
+) -> None:
+    world = World(tmp_path, make_graph(num_nodes=80, num_edges=400))
+    graph = world.cut(4, method)
+    kind, args = PYG_TEACHERS[name]
+    code = f"torch_geometric.nn:{kind}"
+    config = ModelConfig.model_validate({"kind": code, "layers": 3, "args": {"hidden_channels": 8, **args}})
+    storage, model = world.store_model(resolve_model(config, graph.manifest.meta))
+    out = world.storage("k")
+    found = infer_nodes(
+        storage, graph, out, WANTS, SETTINGS, fingerprint="f" * 64, pool=any_pool, allow_code=[code]
+    )  # fmt: skip
+    assert found.meta["mode"] == "layerwise"
+    with torch.no_grad():
+        assert_close(whole(graph, out, found, "logits"), model(world.graph.x, world.graph.edge_index))
