@@ -8,6 +8,7 @@ A knowledge part lies beside the graph part of the same number and holds, each o
     scores.<layer>.<metric>    [m]       raw scores of the in-edges of owned nodes, in edge order
       … .offset, … .scale      [o]       beside them where they are uint8
     embeddings.<layer>         [n, d_l]  z_l of owned nodes and of their first halo hop
+    taps.<path>                [o, d]    output of the module at a dotted path
 
 Shapes: ``o`` owned nodes; ``n`` owned and first-hop halo nodes; ``m`` in-edges of owned nodes.
 """
@@ -106,6 +107,7 @@ def knowledge_meta(
         "scores": scores,
         "bounds": bounds,
         "embeddings": sorted(wants.embeddings),
+        "taps": sorted(wants.taps),
     }
 
 

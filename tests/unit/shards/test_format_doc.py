@@ -72,7 +72,7 @@ def write_knowledge(run: Storage, **options: object) -> tuple[Storage, Manifest]
     config = ModelConfig(kind="gcn", hidden=4)
     teacher, out = run.child(layout.TEACHER), run.child(layout.KNOWLEDGE).child(layout.knowledge("teacher", "b" * 64))
     save_model(teacher, build_model(config, 5, 2), ModelSpec(config, 5, 2, "multiclass"), "c" * 64)
-    wants = Wants(logits=True, scores={1: frozenset({"sqeuclidean"})}, embeddings=frozenset({1}))
+    wants = Wants(logits=True, scores={1: frozenset({"sqeuclidean"})}, embeddings=frozenset({1}), taps=("convs.0",))
     settings = InferConfig.model_validate({"num_actors": 0, "dtype": "fp16", **options})
     graph, packing = (
         GraphStore.open(run.child(layout.GRAPH)),
@@ -188,7 +188,10 @@ def test_a_graph_part_with_sparse_features_and_without_weights(run: Storage) -> 
 def test_a_knowledge_part(run: Storage) -> None:
     write_graph(run)
     out, manifest = write_knowledge(run)
-    names = {name.replace("<layer>", "1").replace("<metric>", "sqeuclidean") for name in table("Knowledge part", 0)}
+    names = {
+        name.replace("<layer>", "1").replace("<metric>", "sqeuclidean").replace("<path>", "convs.0")
+        for name in table("Knowledge part", 0)
+    }
     for entry in manifest.parts:
         assert tensors(entry) == dict.fromkeys(names, "float16")
         assert entry.counts.keys() == table("Knowledge part", 3).keys()
