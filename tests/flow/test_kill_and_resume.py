@@ -7,60 +7,18 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from flow_runs import ON_RAY, STAGES, Job, Outcome, digests, gkd_process, make_job, process_env, results
+from flow_runs import ON_RAY, STAGES, Job, digests, gkd_process, make_job, results
+from processes import STRUCK, ended, is_stopped, started, wait_for
 
 from gkd_dist import layout
 from gkd_dist.storage import Storage
 
 pytestmark = pytest.mark.timeout(300)
-STRUCK = str(Path(__file__).with_name("struck.py"))
-
-
-@contextmanager
-def started(*command: str) -> Iterator[subprocess.Popen[str]]:
-    """A process in a group of its own, as under a terminal; all that is left of it is killed at the end."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=process_env(),
-        start_new_session=True,
-    )
-    family = psutil.Process(process.pid)
-    try:
-        yield process
-    finally:
-        left = [family, *family.children(recursive=True)] if family.is_running() else []
-        for one in left:
-            one.kill()
-        process.communicate(timeout=20)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    """Until ``condition`` holds; fails where the process ends before."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-
-
-def is_stopped(process: subprocess.Popen[str]) -> bool:
-    return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
-
-
-def ended(process: subprocess.Popen[str]) -> Outcome:
-    out, err = process.communicate(timeout=120)
-    return Outcome(process.returncode, out, err)
 
 
 # --- the driver ------------------------------------------------------------------------------
