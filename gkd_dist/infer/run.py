@@ -18,7 +18,7 @@ from torch import nn
 from gkd_dist import layout
 from gkd_dist.config import InferConfig
 from gkd_dist.config_file import config_fingerprint
-from gkd_dist.errors import ManifestError, ModelError, NewerSchemaError, ObjectNotFoundError
+from gkd_dist.errors import DataError, ManifestError, ModelError, NewerSchemaError, ObjectNotFoundError
 from gkd_dist.infer.commits import Commits
 from gkd_dist.infer.knowledge import KIND, Histogram, add_histogram, knowledge_meta, refuse_coarse
 from gkd_dist.infer.layerwise import copy_name
@@ -295,6 +295,9 @@ class _Run:
                         log.warning("%s", result.warning)
                     self._commit(schedule, task, result)
                     progress(schedule.num_done, schedule.num_tasks)
+        except DataError:
+            self.ownership_check()  # who has lost the run misses what its successor has deleted: that is the reason
+            raise
         finally:
             self.executor.discard()
             for line in self.times.summary():
