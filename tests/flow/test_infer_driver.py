@@ -22,8 +22,8 @@ from gkd_dist import layout
 from gkd_dist.storage import Storage
 
 pytestmark = pytest.mark.timeout(300)
-DEEP = BASE.replace("{{kind: sage, hidden: 16,", "{{kind: sage, hidden: 16, layers: 3,")
-NUM_PARTS, NUM_TASKS = 3, 12
+DEEP = BASE.replace("{{kind: sage, hidden: 16,", "{{kind: sage, hidden: 16, layers: 4,")
+NUM_TASKS = 12  # three layers and the knowledge, which computes the last layer, of three parts
 ACTORS = "infer.num_actors=2"
 
 
