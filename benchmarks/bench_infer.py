@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 
 from gkd_dist.config import InferConfig, ModelConfig, PartitionConfig, RayConfig
 from gkd_dist.graph import Graph, LocalGraph
-from gkd_dist.infer.plan import Wants
+from gkd_dist.infer.plan import Task, Wants
 from gkd_dist.infer.run import Executor, infer_nodes
+from gkd_dist.infer.worker import Request, Result, Worker
 from gkd_dist.models.build import build_model
 from gkd_dist.models.io import ModelSpec, read_model, save_model
 from gkd_dist.partition.build import build_graph_store
@@ -100,7 +102,7 @@ def in_memory(side: str, kind: str, root: Path, args: argparse.Namespace) -> flo
         if graph is not None:
             model(x[:, :], graph)  # the matrix and its normalisation are built once, as in any in-memory form
         best = float("inf")
-        for _ in range(1 if side == "coo" else 2):
+        for _ in range(2):  # the first one touches fresh memory
             synchronise(args.device)
             start = time.perf_counter()
             out = model(x, graph) if graph is not None else pyg_forward(model, x, edge_index)
@@ -122,12 +124,7 @@ def with_actors(kind: str, root: Path, args: argparse.Namespace) -> dict[str, fl
     """Seconds of one inference and of Ray's start; on CUDA one worker in this process, without Ray."""
     settings = InferConfig(num_actors=args.actors, threads=args.threads // max(1, args.actors), dtype="fp16")
     if args.device != "cpu":
-        from gkd_dist.infer.local import LocalExecutor
-
-        settings = settings.model_copy(update={"num_actors": 0, "gpus_per_actor": 1})
-        seconds = {"ray_start_s": 0.0}
-        run_inference(kind, root, settings, "warm", LocalExecutor(), args)
-        return seconds | {"infer_s": run_inference(kind, root, settings, "timed", LocalExecutor(), args)}
+        return on_gpu(kind, root, settings, args)
     from gkd_dist.infer.actor import ActorPool
     from gkd_dist.infer.cluster import start_ray
 
@@ -135,8 +132,46 @@ def with_actors(kind: str, root: Path, args: argparse.Namespace) -> dict[str, fl
     with start_ray(RayConfig(), args.actors, 0), ActorPool(settings) as pool:
         pool.pids()
         seconds = {"ray_start_s": time.perf_counter() - start}
-        # as in `gkd run`, actors have imported what they need; the model and the graph manifest are read anew
+        run_inference(kind, root, settings, "warm", pool, args)  # as the in-memory sides have had one
         return seconds | {"infer_s": run_inference(kind, root, settings, "timed", pool, args)}
+
+
+class Threads:
+    """What an actor does, in this process: tasks in flight in threads of one worker; counts the device's time."""
+
+    def __init__(self, window: int) -> None:
+        self.num_slots, self.compute_s = window, 0.0
+        self._worker, self._threads = Worker(), ThreadPoolExecutor(window)
+        self._flights: dict[Future[Result], Task] = {}
+
+    def submit(self, request: Request) -> None:
+        self._flights[self._threads.submit(self._worker.run, request)] = request.task
+
+    def wait(self) -> list[tuple[Task, Result]]:
+        done, _ = wait(self._flights, return_when=FIRST_COMPLETED)
+        results = [(self._flights.pop(flight), flight.result()) for flight in done]
+        self.compute_s += sum(result.seconds["compute"] for _, result in results)
+        return results
+
+    def discard(self) -> None:
+        self._flights.clear()
+
+
+def on_gpu(kind: str, root: Path, settings: InferConfig, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one inference, how much of it the device computed, and the bytes of gathered rows per second."""
+    settings = settings.model_copy(update={"num_actors": 0, "gpus_per_actor": 1, "window": args.window})
+    pool = Threads(args.window)
+    run_inference(kind, root, settings, "warm", pool, args)
+    pool.compute_s = 0.0
+    seconds = run_inference(kind, root, settings, "timed", pool, args)
+    num_edges = json.loads((root / "cut.json").read_text())["num_edges"]
+    gathered = args.layers * num_edges * args.width * 4
+    return {
+        "ray_start_s": 0.0,
+        "infer_s": seconds,
+        "busy": pool.compute_s / seconds,
+        "gathered_bytes_per_s": gathered / pool.compute_s,
+    }
 
 
 def run_inference(
@@ -197,6 +232,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="of the in-memory sides, and of all actors together")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--window", type=int, default=3, help="tasks in flight on a GPU")
     parser.add_argument("--scores", action="store_true", help="also the scores of the last hidden layer")
     parser.add_argument("--name", help="of the result; default from the size")
     parser.add_argument("--root", type=Path, help="keep the prepared graph here")
@@ -241,6 +277,7 @@ def row(kind: str, root: Path, argv: list[str], args: argparse.Namespace) -> dic
         "actors_over_coo": middle["coo"] / middle["actors"],
         "actors_over_csr": middle["csr"] / middle["actors"],
         "relative_difference": check(kind, root),
+        **{key: value for key, value in timings["actors"][-1].items() if key not in ("ray_start_s", "infer_s")},
     }
     text = "  ".join(f"{side} {middle[side]:7.2f} s {found['nodes_per_s'][side]:10,.0f} nodes/s" for side in SIDES)
     print(f"{kind:5s} {text}  actors/coo {found['actors_over_coo']:.2f}  actors/csr {found['actors_over_csr']:.2f}  "

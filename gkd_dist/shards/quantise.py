@@ -47,8 +47,8 @@ def pack_float(tensor: Tensor, dtype: str) -> tuple[Tensor, dict[str, Any]]:
     source, out, exact = values.reshape(-1), packed.reshape(-1), tensor.detach().reshape(-1)
     for start in range(0, source.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
-        out[part] = _round(source[part], target, scale)
-        bound = max(bound, _error(exact[part], out[part], scale))
+        out[part], unpacked = _round(source[part], target, scale)
+        bound = max(bound, _error(exact[part], unpacked))
     return packed, {"scale": scale, "bound": bound}
 
 
@@ -71,10 +71,7 @@ def _scale(values: Tensor, target: torch.dtype) -> float:
     """The power of two that brings the largest finite value into the range of ``target``."""
     if target == torch.float32 or values.numel() == 0:
         return 1.0
-    largest = max(
-        float(torch.where(part.isfinite(), part.abs(), part.new_zeros(())).max())
-        for part in values.reshape(-1).split(_CHUNK)
-    )
+    largest = max(_largest(part) for part in values.reshape(-1).split(_CHUNK))
     limit = torch.finfo(target).max
     if largest == 0 or (target == torch.bfloat16 and largest <= limit):
         return 1.0  # bfloat16 has the exponents of float32
@@ -84,22 +81,39 @@ def _scale(values: Tensor, target: torch.dtype) -> float:
     return 2.0 ** max(exponent, _SMALLEST_EXPONENT)
 
 
-def _round(values: Tensor, target: torch.dtype, scale: float) -> Tensor:
-    """Nearest stored values; one step towards zero where the nearest would unpack to infinity."""
+def _largest(values: Tensor) -> float:
+    """Largest finite magnitude; of non-empty ``values``."""
+    low, high = torch.aminmax(values)
+    if bool(torch.isfinite(low) & torch.isfinite(high)):  # NaN comes through
+        return max(-float(low), float(high))
+    return float(torch.where(values.isfinite(), values.abs(), values.new_zeros(())).max())
+
+
+def _round(values: Tensor, target: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+    """Nearest stored values, one step towards zero where the nearest would unpack to infinity; and unpacked again."""
     packed = (values / scale).to(target)
-    overflow = values.isfinite() & (packed.float() * scale).isinf()
+    unpacked = packed.float() * scale
+    if math.isfinite(float(unpacked.sum())):  # finite only where every value is
+        return packed, unpacked
+    overflow = values.isfinite() & unpacked.isinf()
     if bool(overflow.any()):
         # sign and magnitude: the pattern minus one is the neighbour towards zero
         pattern = packed.view(torch.int16)
         pattern[overflow] -= 1
-    return packed
+    return packed, packed.float() * scale
 
 
-def _error(values: Tensor, packed: Tensor, scale: float) -> float:
-    """Largest absolute error over the finite values."""
-    exact = values.double()
-    error = (exact - (packed.float() * scale).double()).abs()
-    return float(torch.where(exact.isfinite(), error, error.new_zeros(())).max())
+def _error(values: Tensor, unpacked: Tensor) -> float:
+    """Largest absolute error over the finite values.
+
+    The difference of a float32 and its rounding to fewer digits is a float32 itself; where neither is that, it is
+    taken in float64.
+    """
+    error = values - unpacked if values.dtype == torch.float32 else values.double() - unpacked.double()
+    largest = float(error.abs_().max())
+    if math.isfinite(largest):
+        return largest
+    return float(torch.where(values.isfinite(), error, error.new_zeros(())).max())
 
 
 # --- one byte per value, affine per row --------------------------------------------------------
@@ -124,7 +138,7 @@ def pack_rows(values: Tensor, indptr: Tensor) -> tuple[Tensor, Tensor, Tensor, d
         low, step = offset[rows[part]], scale[rows[part]]
         steps = (values[part].double() - low.double()) / torch.where(step > 0, step, 1.0).double()
         codes[part] = steps.round_().clamp_(0, _LARGEST_CODE).to(torch.uint8)
-        bound = max(bound, _error(values[part], _affine(codes[part], low, step), 1.0))
+        bound = max(bound, _error(values[part].double(), _affine(codes[part], low, step)))
     return codes, offset, scale, {"affine": True, "bound": bound}
 
 

@@ -10,13 +10,18 @@ import importlib.util
 import pytest
 import torch
 
-from gkd_dist.config import DistillConfig, ModelConfig
+from gkd_dist.config import DistillConfig, InferConfig, ModelConfig
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.trainer import Trainer
 from gkd_dist.graph import LocalGraph
+from gkd_dist.infer.plan import Wants
+from gkd_dist.infer.run import infer_nodes
 from gkd_dist.losses import lsp_loss
 from gkd_dist.models.build import build_model
+from gkd_dist.shards.reader import read_shard
 from gkd_dist.world import World
+from tests.infer_worlds import World as Stores
+from tests.infer_worlds import make_graph
 from tests.training import make_task, small_world
 
 pytestmark = [
@@ -99,3 +104,20 @@ def test_deepspeed_on_one_device(tmp_path, stage, precision):
     trainer = Trainer(task, world, lambda model, steps: DeepSpeedEngine(model, train, world, steps))
     summary = trainer.run()
     assert summary.epochs_run == 5
+
+
+@pytest.mark.parametrize("tile_edges", [2_000_000, 50])
+@pytest.mark.parametrize("kind", ["gcn", "sage", "gat", "gin"])
+def test_inference_on_streams_gives_the_knowledge_of_the_cpu(tmp_path, kind, tile_edges):
+    world = Stores(tmp_path, make_graph(num_nodes=200, num_edges=2000))
+    graph, (storage, _) = world.cut(4), world.model(kind, layers=3)
+    wants = Wants(scores={2: {"sqeuclidean"}}, taps={"convs.0"})
+    exact = InferConfig(num_actors=0, dtype="fp32", tile_edges=tile_edges)
+    found = {}
+    for name, settings in {"cpu": exact, "cuda": exact.model_copy(update={"gpus_per_actor": 1})}.items():
+        out = world.storage(name)
+        manifest = infer_nodes(storage, graph, out, wants, settings, fingerprint="f" * 64)
+        found[name] = [read_shard(out, entry) for entry in manifest.parts]
+    for expected, part in zip(found["cpu"], found["cuda"], strict=True):
+        for name, values in expected.items():
+            torch.testing.assert_close(part[name], values, rtol=1e-4, atol=1e-4)
