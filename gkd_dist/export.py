@@ -18,7 +18,8 @@ def export_student(student: Storage, out: Storage, fingerprint: str, allow_code:
 
 def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown: what the model is, how it was made, how good it is, how to use it."""
-    model = config.student.model
+    model, features = config.student.model, config.student.features
+    width = graph["num_features"] if features is None else graph["features"][features]
     return "\n".join(
         [
             f"# {model.kind} student, distilled on {graph['name']}",
@@ -34,8 +35,8 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
             "",
             "## Data",
             "",
-            f"{graph['num_nodes']:,} nodes, {graph['num_edges']:,} directed edges, {graph['num_features']:,} features, "
-            f"{graph['num_classes']} classes ({graph['task']}).",
+            f"{graph['num_nodes']:,} nodes, {graph['num_edges']:,} directed edges, {width:,} features"
+            f"{'' if features is None else f' ({features})'}, {graph['num_classes']} classes ({graph['task']}).",
             "",
             "## Training",
             "",
@@ -49,7 +50,8 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
             "import gkd_dist",
             "",
             'model = gkd_dist.load_model("URL of this folder")',
-            f"logits = model(x, edge_index)  # x [n, {graph['num_features']}], edge_index [2, m]",
+            f"logits = model(x, edge_index)  # x [n, {width}]{'' if features is None else f' of {features}'}, "
+            "edge_index [2, m]",
             "```",
             "",
         ]

@@ -14,7 +14,10 @@ from gkd_dist.config_file import config_fingerprint
 
 FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 1, "evaluation": 1}
 _UNSET = object()
-_LATER: dict[str, Any] = {"edge_attr": "auto"}  # settings of ``graph`` added after format 1, with their defaults
+_LATER: dict[str, Any] = {
+    "edge_attr": "auto",
+    "features": {},
+}  # settings of ``graph`` added after format 1, with their defaults
 _TRAINING = (
     "epochs",
     "lr",
@@ -45,12 +48,14 @@ def _graph(config: Config) -> dict[str, Any]:
 
 def trained_teacher_fingerprint(config: Config) -> str:
     """Of a teacher that is trained here."""
-    return _of("teacher", config.teacher.model, training(config.teacher.train), graph_fingerprint(config), config.seed)
+    made_of = (config.teacher.model, training(config.teacher.train), graph_fingerprint(config), config.seed)
+    return _of("teacher", *made_of, *_if_set(config.teacher.features))
 
 
 def given_teacher_fingerprint(config: Config, weights_sha256: str) -> str:
     """Of a teacher that comes from a checkpoint."""
-    return _of("teacher", config.teacher.model, weights_sha256, graph_fingerprint(config))
+    made_of = (config.teacher.model, weights_sha256, graph_fingerprint(config))
+    return _of("teacher", *made_of, *_if_set(config.teacher.features))
 
 
 def knowledge_fingerprint(config: Config, teacher: str, weights_sha256: str, wants: Any) -> str:
@@ -80,7 +85,13 @@ def student_fingerprint(config: Config, knowledge: str | None) -> str:
         graph_fingerprint(config),
         knowledge,
         config.seed,
+        *_if_set(config.student.features),
     )
+
+
+def _if_set(features: str | None) -> tuple[dict[str, str], ...]:
+    """The named features of a model; nothing for ``x``, so that results of before stay."""
+    return () if features is None else ({"features": features},)
 
 
 def evaluation_fingerprint(models: dict[str, str], knowledge: str) -> str:

@@ -28,7 +28,8 @@ class Graph:
 
     ``x`` float32 [N, f]; ``edge_index`` int64 [2, E]; ``y`` int64 [N] with -1 for unlabelled
     nodes (multiclass) or float32 [N, c] with NaN rows for unlabelled nodes (multilabel); masks
-    bool [N]; ``edge_weight`` float32 [E] or None; ``edge_attr`` float32 [E, a] or None.
+    bool [N]; ``edge_weight`` float32 [E] or None; ``edge_attr`` float32 [E, a] or None;
+    ``features`` float32 [N, f_name] by name, which models may read in place of ``x``.
     """
 
     x: Tensor
@@ -42,6 +43,7 @@ class Graph:
     edge_weight: Tensor | None = None
     name: str = "graph"
     edge_attr: Tensor | None = None
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_nodes(self) -> int:

@@ -119,13 +119,13 @@ def _measure(
 
     graph = stages.open_graph(session)
     values = evaluate_logits(graph, predictions, teacher)
-    model, _ = read_model(folder, session.allow_code)
+    model, spec = read_model(folder, session.allow_code)
     term = _first_lsp(session)
     return {
         "metric": values["metric"],
         "accuracy": {split: values[split] for split in ("train", "val", "test")},
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
-        "inference_s": inference_seconds(model, graph),
+        "inference_s": inference_seconds(model, graph, spec.features),
         "agreement": values.get("agreement"),
         "lsp_kl": None if term is None or teacher is None else _divergence(session, folder, predictions, teacher, term),
     }

@@ -142,11 +142,11 @@ def _adopt_teacher(session: Session) -> None:
     from gkd_dist.models.io import ModelSpec, save_model
 
     graph, config = open_graph(session), session.config
-    meta, state = graph.manifest.meta, _checkpoint(session)
-    kind = resolve_model(config.teacher.model, meta)
-    model = build_model(kind, graph.num_features, int(meta["num_classes"]))
+    meta, state, features = graph.manifest.meta, _checkpoint(session), config.teacher.features
+    kind, width, num_classes = resolve_model(config.teacher.model, meta), graph.num_features_of(features), int(meta["num_classes"])
+    model = build_model(kind, width, num_classes)
     load_weights(model, state, str(config.teacher.checkpoint))
-    spec = ModelSpec(kind, graph.num_features, int(meta["num_classes"]), meta["task"])
+    spec = ModelSpec(kind, width, num_classes, meta["task"], features=features)
     session.check_ownership()
     save_model(session.teacher, model, spec, fp.given_teacher_fingerprint(config, _state_digest(state)))
 
@@ -167,6 +167,7 @@ def _train_teacher(session: Session) -> None:
         config.teacher.model.layers,
         config.seed,
         teach_fingerprint(session),
+        config.teacher.features,
     )
     with session.progress.task("teach", total=config.teacher.train.epochs) as bar:
         train_inline(session.run, task, _follow(bar))
@@ -347,6 +348,7 @@ def student_tasks(session: Session) -> tuple[Any, ...]:
             config.teacher.model.layers,
             config.seed,
             fingerprint,
+            config.student.features,
         )
         for name, fingerprint in student_fingerprints(session).items()
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -31,3 +33,11 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), NotBool]
 Probability = Annotated[float, Field(ge=0, lt=1), NotBool]
 Fraction = Annotated[float, Field(gt=0, lt=1), NotBool]
 Sigma = PositiveFloat | Literal["median"]
+
+
+def unknown_name(name: str, known: Iterable[str], where: str) -> str:
+    """What is wrong with ``name`` and what could be meant: ``where`` has the names ``known``."""
+    choices = sorted(known)
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{where} has no {name!r} (it has {', '.join(choices) or 'none'}){hint}"

@@ -90,6 +90,7 @@ Split = Annotated[PerClassSplit | RandomSplit, Field(discriminator="kind")]
 
 
 EdgeAttr = Literal["auto", "keep", "drop"]
+FeatureName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # no dot: it is part of the name of stored tensors
 
 
 class GraphConfig(Section):
@@ -104,6 +105,10 @@ class GraphConfig(Section):
     edge_attr: EdgeAttr = Field(
         "auto",
         description="edge attributes; auto: one number per edge of a pyg source is its weight, all else is kept",
+    )
+    features: dict[FeatureName, str] = Field(
+        default_factory=dict,
+        description="further node features by name, each the URL of an .npy or .npz file [num_nodes, f]",
     )
 
 

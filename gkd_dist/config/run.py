@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from gkd_dist.config.base import Integer, Section
+from gkd_dist.config.base import Integer, Section, unknown_name
 from gkd_dist.config.graph import GraphConfig, PartitionConfig
 from gkd_dist.config.losses import Loss, LspLoss
 from gkd_dist.config.models import resolve_layer
@@ -38,6 +38,7 @@ class Config(Section):
                         resolve_layer(layer, model.layers)
                     except ValueError as error:
                         raise ValueError(f"losses.{index}.{side}_layer: {error}") from None
+        self._check_features()
         if self.distill.launcher == "inline" and self.distill.num_workers != 1:
             raise ValueError(
                 f"distill.launcher inline is one process (got distill.num_workers {self.distill.num_workers}); "
@@ -64,6 +65,11 @@ class Config(Section):
             "checkpoint (teacher.checkpoint)": self.teacher.checkpoint,
         }
         return next((what for what, url in urls.items() if url and url.lower().startswith("memory:")), None)
+
+    def _check_features(self) -> None:
+        for section, name in (("teacher", self.teacher.features), ("student", self.student.features)):
+            if name is not None and name not in self.graph.features:
+                raise ValueError(f"{section}.features: {unknown_name(name, self.graph.features, 'graph.features')}")
 
     def knowledge_layers(self) -> dict[int, set[str]]:
         """Teacher layers (positive numbers) that LSP terms read, with the metrics they need."""

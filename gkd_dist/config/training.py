@@ -57,6 +57,7 @@ class TeacherConfig(Section):
     name: str = Field("teacher", pattern=r"^[A-Za-z0-9_.-]+$")
     model: ModelConfig
     checkpoint: str | None = Field(None, description="URL of safetensors or a state_dict; null: trained by `gkd teach`")
+    features: str | None = Field(None, description="which of graph.features it reads; null: the graph's own x")
     train: TeacherTrainConfig = TeacherTrainConfig()
 
 
@@ -98,6 +99,7 @@ class StudentConfig(Section):
 
     model: ModelConfig
     alone: bool = Field(True, description="also train it without a teacher, for the table")
+    features: str | None = Field(None, description="which of graph.features it reads; null: the graph's own x")
 
 
 class DistillConfig(TrainConfig):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from gkd_dist.config import StorageConfig
 from gkd_dist.data.raw import RawGraph
-from gkd_dist.errors import DataError, GraphError
+from gkd_dist.errors import ConfigError, DataError, GraphError
 from gkd_dist.graph import SPLITS
 from gkd_dist.storage import Storage
 
@@ -90,6 +90,29 @@ def save_arrays(path: str, data: Any, storage: StorageConfig | None = None) -> N
         buffer = io.BytesIO()
         np.save(buffer, array, allow_pickle=False)
         store.write(f"{key}.npy", buffer.getbuffer())
+
+
+def load_file(url: str, setting: str, storage: StorageConfig | None = None) -> Array:
+    """The array in an ``.npy`` file, or the only one of an ``.npz`` archive; ``setting`` is where ``url`` comes from.
+
+    Raises `DataError` where there is no such file and `GraphError` where it holds something else.
+    """
+    if not url.endswith((".npy", ".npz")):
+        raise ConfigError(f"{setting} is {url}, expected an .npy or .npz file; write it with numpy.save and name that")
+    folder, name = _split(url)
+    store = Storage.open(folder, storage)
+    if not store.exists(name):
+        raise DataError(f"there is no file {url}; correct {setting}")
+    loaded = _load(store, name, url)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        return np.asarray(loaded)
+    with loaded as archive:
+        if len(archive.files) != 1:
+            raise GraphError(
+                f"{url} holds {len(archive.files)} arrays ({', '.join(sorted(archive.files))}), expected one; "
+                f"save that one with numpy.save and name it in {setting}"
+            )
+        return _member(archive, archive.files[0], url)
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -42,6 +42,10 @@ def load_graph(
     check_arrays(raw)
     labels = read_labels(raw.name, raw.y, raw.num_nodes)
     graph = prepare(_assemble(raw, labels, _masks(config, raw, labels, seed)), config)
+    if config.features:
+        from gkd_dist.data.features import read_named_features
+
+        graph = replace(graph, features=read_named_features(config.features, graph.num_nodes, storage))
     check_graph(graph)
     _log.info("%s: %d nodes, %d edges, %d features", graph.name, graph.num_nodes, graph.num_edges, graph.num_features)
     return graph

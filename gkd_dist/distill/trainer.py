@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +81,7 @@ class TrainTask:
     teacher_layers: int
     seed: int
     fingerprint: str
+    features: str | None = None  # named features of the graph that the model reads, None: ``x``
 
 
 @dataclass(frozen=True)
@@ -146,14 +147,15 @@ class Trainer:
         costs = part_costs(task.graph.manifest)
         units = plan_units(task.graph.num_parts, self.config.parts_per_unit, costs)
         wants = teacher_wants(task.losses, task.teacher_layers)
-        self.loader = UnitLoader(task.graph, task.knowledge, units, wants)
+        self.loader = UnitLoader(task.graph, task.knowledge, units, wants, features=task.features)
         per_step, shuffle = self.config.units_per_step, self.config.shuffle
         self.plan = StreamPlan(task.seed, len(units), per_step, shuffle, self.loader.costs)
         self.micro_steps = micro_steps(self.plan.full_step, world.world_size)
         self.my_units = list(range(len(units)))[world.rank :: world.world_size]
         self.task_kind: Task = meta["task"]
         model = resolve_model(task.model, meta)
-        self.spec = ModelSpec(model, task.graph.num_features, int(meta["num_classes"]), meta["task"])
+        width, num_classes = self.loader.num_features, int(meta["num_classes"])
+        self.spec = ModelSpec(model, width, num_classes, meta["task"], features=task.features)
         self.state = agree_on_checkpoint(task, world)
         self.resumed_from = self.state.global_step
         self.engine = self._start_engine(make_engine)
@@ -296,8 +298,7 @@ class Trainer:
             model.load_state_dict(weights)
             summary = self._summary(wall_s, wait_s)
             meta = {"name": self.task.name, "seed": self.task.seed, "summary": vars(summary)}
-            spec = ModelSpec(self.spec.config, self.spec.in_channels, self.spec.out_channels, self.spec.task, meta)
-            save_model(self.task.output, model, spec, self.task.fingerprint)
+            save_model(self.task.output, model, replace(self.spec, meta=meta), self.task.fingerprint)
         self.world.barrier()
 
     def _summary(self, wall_s: float, wait_s: float) -> TrainSummary:

@@ -22,10 +22,10 @@ from gkd_dist.graph import LocalGraph
 from gkd_dist.losses.scores import Metric, pattern_scores
 from gkd_dist.models.build import run_model
 from gkd_dist.models.layered import Layers, as_layers, checked_layer
-from gkd_dist.partition.store import features, local_graph
+from gkd_dist.partition.store import feature_tensors, features, local_graph
 from gkd_dist.sparse import CsrPattern
 
-FEATURES = ("x", "x_halo")
+FEATURES = feature_tensors(None)
 STRUCTURE = (
     "n_id",
     "in_degree",
@@ -64,10 +64,12 @@ def with_rows(graph: LocalGraph, num_rows: int) -> LocalGraph:
     return replace(graph, pattern=pattern, edge_weight=cut(graph.edge_weight), edge_attr=cut(graph.edge_attr))
 
 
-def first_input(part: Mapping[str, Tensor], counts: Mapping[str, int], num_features: int) -> Tensor:
-    """Features of owned and first-hop halo nodes, float32 [n, f]."""
-    halo = features(dict(part), "x_halo", num_features)[: counts["num_halo_1"]]
-    return torch.cat([features(dict(part), "x", num_features), halo])
+def first_input(
+    part: Mapping[str, Tensor], counts: Mapping[str, int], num_features: int, names: tuple[str, str] = FEATURES
+) -> Tensor:
+    """Features of owned and first-hop halo nodes, float32 [n, f]; ``names`` of their tensors."""
+    owned, halo = (features(dict(part), name, num_features) for name in names)
+    return torch.cat([owned, halo[: counts["num_halo_1"]]])
 
 
 def halo_sources(part: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[int]:
@@ -98,9 +100,9 @@ def compute_readout(layers: Layers, outputs: dict[int, Tensor]) -> Tensor:
         return layers.readout(outputs).float()
 
 
-def khop_input(part: Mapping[str, Tensor], num_features: int) -> Tensor:
-    """Features of the part's nodes with its whole halo, float32 [n, f]."""
-    return torch.cat([features(dict(part), name, num_features) for name in FEATURES])
+def khop_input(part: Mapping[str, Tensor], num_features: int, names: tuple[str, str] = FEATURES) -> Tensor:
+    """Features of the part's nodes with its whole halo, float32 [n, f]; ``names`` of their tensors."""
+    return torch.cat([features(dict(part), name, num_features) for name in names])
 
 
 def khop_graph(part: Mapping[str, Tensor]) -> LocalGraph:

@@ -122,7 +122,7 @@ def prepare(
     model, spec = read_model(model_storage, allow_code)  # for the plan alone: the workers hold their own
     document = read_model_document(model_storage)
     _check_model(model, spec, graph, wants)
-    tap_layers = locate_taps(model, graph, wants.taps)
+    tap_layers = locate_taps(model, graph, wants.taps, spec.features)
     plan = plan_tasks(model, graph, wants, tap_layers)
     job = _job(model_storage, document, graph, out, wants, settings, packing, fingerprint, allow_code, plan)
     return Prepared(plan, replace(job, tap_layers=tap_layers), spec, document)
@@ -175,10 +175,12 @@ def _delete(storage: Storage, key: str) -> None:
 
 
 def _check_model(model: nn.Module, spec: ModelSpec, graph: GraphStore, wants: Wants) -> None:
-    if spec.in_channels != graph.num_features:
+    width = graph.num_features_of(spec.features)
+    if spec.in_channels != width:
+        which = "" if spec.features is None else f" in {spec.features!r}"
         raise ModelError(
             f"the model reads {spec.in_channels} features per node, the graph at {graph.storage.url} has "
-            f"{graph.num_features}; use a graph with the features that the model was trained on"
+            f"{width}{which}; use a graph with the features that the model was trained on"
         )
     if not is_layered(model) and (wants.layers or not wants.logits):
         raise ModelError(
@@ -186,13 +188,15 @@ def _check_model(model: nn.Module, spec: ModelSpec, graph: GraphStore, wants: Wa
             "give it num_layers, forward_layer and activate, or drop the losses that read teacher layers"
         )
     found = check_model(
-        model, graph.num_features, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features
+        model, width, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features
     )
     hops = int(graph.manifest.meta["halo_hops"])
     log.log(logging.INFO if found.exact(hops) else logging.WARNING, "%s", found.sentence(hops))
 
 
-def locate_taps(model: nn.Module, graph: GraphStore, taps: Collection[str]) -> dict[str, int]:
+def locate_taps(
+    model: nn.Module, graph: GraphStore, taps: Collection[str], features: str | None = None
+) -> dict[str, int]:
     """Layer of each tap; KNOWLEDGE for those outside the layers, which for a model without layers are all.
 
     `ModelError` for a tap that there is not, or that no layer can be found for.
@@ -203,7 +207,7 @@ def locate_taps(model: nn.Module, graph: GraphStore, taps: Collection[str]) -> d
     layers = as_layers(model)
     if layers is None:
         return dict.fromkeys(taps, KNOWLEDGE)
-    tiny = random_graph(graph.num_features, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features)
+    tiny = random_graph(graph.num_features_of(features), bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features)
     return probe_taps(model, layers, taps, tiny.x, tiny.graph)
 
 
@@ -262,6 +266,7 @@ def _job(
         device="cuda" if settings.gpus_per_actor else "cpu",
         tile_edges=settings.tile_edges,
         tap_layers={},
+        features=document.get("features"),
     )
 
 

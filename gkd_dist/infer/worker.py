@@ -32,7 +32,7 @@ from gkd_dist.infer.taps import owned_rows, recording
 from gkd_dist.infer.tiles import tiles
 from gkd_dist.models.io import read_model, read_model_document
 from gkd_dist.models.layered import as_layers
-from gkd_dist.partition.store import GraphStore
+from gkd_dist.partition.store import GraphStore, feature_tensors
 from gkd_dist.shards.manifest import ObjectEntry
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.shards.writer import write_shard
@@ -48,7 +48,8 @@ class Job:
     ``depth`` layers are computed one by one, of which the first ``stored`` are stored; 0: the
     model runs on whole parts (k-hop mode).
     ``sends``: layers whose rows bordering parts read. ``tap_layers``: layer of each tap, KNOWLEDGE
-    for those outside the layers. ``tmp`` holds the layer outputs, ``out`` the knowledge.
+    for those outside the layers. ``tmp`` holds the layer outputs, ``out`` the knowledge. ``features``:
+    the named features that the model reads, None: ``x``.
     """
 
     model: Storage
@@ -67,6 +68,7 @@ class Job:
     device: str
     tile_edges: int
     tap_layers: Mapping[str, int]
+    features: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ class _Work:
         self.request, self.model, self.store, self.device = request, model, store, device
         self.job, self.task = request.job, request.task
         self.counts = store.manifest.parts[self.task.part].counts
+        self.features = feature_tensors(self.job.features)
+        self.num_features = store.num_features_of(self.job.features)
         self._readers = readers
         self._compute_s = 0.0
 
@@ -190,7 +194,7 @@ class _Work:
     def _make_layer(self) -> Callable[[], Result]:
         """Computes one layer of the owned nodes; returns what writes it."""
         layer, sends = self.task.layer, self.task.layer in self.job.sends
-        part = self._part(*(layerwise.SENDS if sends else ()), *(layerwise.FEATURES if layer == 1 else ()))
+        part = self._part(*(layerwise.SENDS if sends else ()), *(self.features if layer == 1 else ()))
         z, tapped = self._compute_layer(layer, self._below(layer, part), layerwise.one_hop_graph(part, self.counts))
         layerwise.check_finite({"output": z, **tapped}, str(self.task))
         tensors = layerwise.layer_tensors(z, part, sends)
@@ -215,7 +219,7 @@ class _Work:
     def _below(self, layer: int, part: dict[str, Tensor]) -> Tensor:
         """What ``layer`` reads of owned and first-hop halo nodes: features, or the layer below it."""
         if layer == 1:
-            return layerwise.first_input(part, self.counts, self.store.num_features)
+            return layerwise.first_input(part, self.counts, self.num_features, self.features)
         return self._owned_and_halo(layer - 1, part)
 
     def _taps(self, layer: int) -> list[str]:
@@ -224,7 +228,7 @@ class _Work:
     def _make_knowledge(self) -> Callable[[], Result]:
         """Gathers what is kept of the part; returns what writes it."""
         wants = self.job.wants
-        part = self._part(*(() if self.job.stored else layerwise.FEATURES))
+        part = self._part(*(() if self.job.stored else self.features))
         outputs = {layer: self._owned_and_halo(layer, part) for layer in wants.layers}
         tensors = {embedding_name(layer): outputs[layer] for layer in sorted(wants.embeddings)}
         tensors |= self._last_layer(part, outputs)
@@ -269,7 +273,7 @@ class _Work:
         return {LOGITS: logits, **found} if self.job.wants.logits else found
 
     def _run_whole(self, part: dict[str, Tensor], taps: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.device.upload(layerwise.khop_input(part, self.store.num_features))
+        x = self.device.upload(layerwise.khop_input(part, self.num_features, self.features))
         graph = self.device.upload_graph(layerwise.khop_graph(part))
         with self._computing(), recording(self.model, taps) as recorded:
             logits = layerwise.compute_khop(self.model, x, graph, self.counts["num_owned"])

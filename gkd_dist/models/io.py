@@ -30,13 +30,17 @@ FORMAT_VERSION = 2  # 1 had no seal
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything beside the weights that is needed to rebuild and use a model."""
+    """Everything beside the weights that is needed to rebuild and use a model.
+
+    ``features``: the named features of the graph that it reads, None: the graph's own ``x``.
+    """
 
     config: ModelConfig
     in_channels: int
     out_channels: int
     task: str
     meta: dict[str, Any] = field(default_factory=dict)
+    features: str | None = None
 
 
 def save_model(storage: Storage, model: nn.Module, spec: ModelSpec, fingerprint: str) -> str:
@@ -51,6 +55,7 @@ def save_model(storage: Storage, model: nn.Module, spec: ModelSpec, fingerprint:
         "in_channels": spec.in_channels,
         "out_channels": spec.out_channels,
         "task": spec.task,
+        "features": spec.features,
         "layer_names": [f"layer {layer}" for layer in range(1, spec.config.layers + 1)],
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "weights": {"key": layout.MODEL_WEIGHTS, "num_bytes": len(data), "sha256": digest},
@@ -102,6 +107,7 @@ def _spec(document: dict[str, Any], where: str) -> ModelSpec:
             int(document["out_channels"]),
             str(document["task"]),
             dict(document.get("meta", {})),
+            None if document.get("features") is None else str(document["features"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError, ValidationError) as error:
         raise ModelError(f"{where} lacks or garbles a field ({error}); write the model again") from error

@@ -15,7 +15,7 @@ from gkd_dist.config import PartitionConfig
 from gkd_dist.graph import SPLITS, Graph, LocalGraph
 from gkd_dist.partition.assign import assign_parts
 from gkd_dist.partition.halo import PartNodes, SendPlan, first_hop, local_edges, part_nodes, send_plans
-from gkd_dist.partition.store import KIND, sparse_features
+from gkd_dist.partition.store import KIND, feature_tensors, sparse_features
 from gkd_dist.shards.manifest import Manifest, ObjectEntry
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
@@ -31,6 +31,7 @@ class _Source:
     local: LocalGraph
     assign: Tensor
     sparse: bool
+    sparse_named: frozenset[str] = frozenset()  # which of ``graph.features`` are mostly zeros
 
 
 def build_graph_store(
@@ -51,8 +52,8 @@ def build_graph_store(
     """
     assign = assign_parts(config.method, graph.edge_index, graph.num_nodes, config.num_parts, seed)
     local = LocalGraph.from_edge_index(graph.edge_index, graph.num_nodes, graph.edge_weight, graph.edge_attr)
-    dense = int(torch.count_nonzero(graph.x)) >= SPARSE_BELOW * graph.x.numel()
-    source = _Source(graph, local, assign, not dense)
+    sparse_named = frozenset(name for name, values in graph.features.items() if is_sparse(values))
+    source = _Source(graph, local, assign, is_sparse(graph.x), sparse_named)
     pattern = local.pattern
     nodes = [part_nodes(p, assign, pattern.indptr, pattern.indices, halo_hops) for p in range(config.num_parts)]
     plans = send_plans([first_hop(part) for part in nodes], [part.n_id[: part.num_owned] for part in nodes])
@@ -81,6 +82,7 @@ def part_tensors(source: _Source, part: PartNodes, plan: SendPlan) -> tuple[dict
         **{f"{split}_mask": getattr(graph, f"{split}_mask")[owned] for split in SPLITS},
         **_features("x", graph.x[owned], source.sparse),
         **_features("x_halo", graph.x[n_id[num_owned:]], source.sparse),
+        **_named_features(source, owned, n_id[num_owned:]),
         "indptr": indptr,
         "indices": indices.to(torch.int32),
         "t_indptr": torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(t_counts, 0)]),
@@ -95,6 +97,19 @@ def part_tensors(source: _Source, part: PartNodes, plan: SendPlan) -> tuple[dict
     if local.edge_attr is not None:
         tensors["edge_attr"] = local.edge_attr[positions]
     return tensors, _counts(tensors, part)
+
+
+def is_sparse(x: Tensor) -> bool:
+    """Whether features [n, f] are smaller as CSR."""
+    return int(torch.count_nonzero(x)) < SPARSE_BELOW * x.numel()
+
+
+def _named_features(source: _Source, owned: Tensor, halo: Tensor) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, values in source.graph.features.items():
+        for tensor, nodes in zip(feature_tensors(name), (owned, halo), strict=True):
+            tensors |= _features(tensor, values[nodes], name in source.sparse_named)
+    return tensors
 
 
 def _features(name: str, x: Tensor, sparse: bool) -> dict[str, Tensor]:
@@ -130,6 +145,7 @@ def graph_meta(source: _Source, entries: list[ObjectEntry], halo_hops: int, meth
         "num_nodes": graph.num_nodes,
         "num_edges": graph.num_edges,
         "num_features": graph.num_features,
+        "features": {name: values.size(1) for name, values in sorted(graph.features.items())},
         "num_classes": graph.num_classes,
         "task": graph.task,
         "num_parts": len(entries),

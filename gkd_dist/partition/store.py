@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gkd_dist.errors import GraphError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.shards.reader import read_shard
@@ -36,8 +38,22 @@ class GraphStore:
 
     @property
     def num_features(self) -> int:
-        """Features per node."""
+        """Features per node in ``x``."""
         return int(self.manifest.meta["num_features"])
+
+    def num_features_of(self, features: str | None) -> int:
+        """Width of the named features, of ``x`` for None; `GraphError` where the store has no such features."""
+        if features is None:
+            return self.num_features
+        stored: dict[str, int] = self.manifest.meta.get("features", {})
+        if features not in stored:
+            close = difflib.get_close_matches(features, stored, n=1)
+            raise GraphError(
+                f"the graph store at {self.storage.url} has no features {features!r} (it has "
+                f"{', '.join(sorted(stored)) or 'x alone'}){f', did you mean {close[0]!r}?' if close else ''}; "
+                "name them in graph.features and run `gkd partition`"
+            )
+        return int(stored[features])
 
     @property
     def num_edge_features(self) -> int:
@@ -45,13 +61,29 @@ class GraphStore:
         return int(self.manifest.meta.get("num_edge_features", 0))
 
     def part(self, index: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Tensors of a part, all or only ``names`` (``x`` and ``x_halo`` in whichever form is stored)."""
+        """Tensors of a part, all or only ``names`` (features in whichever form is stored)."""
         entry = self.manifest.parts[index]
         if names is None:
             return read_shard(self.storage, entry)
         stored = [tensor.name for tensor in entry.tensors]
-        wanted = [s for s in stored if s in names or s.split(".")[0] in names]
+        wanted = [s for s in stored if s in names or s.rpartition(".")[0] in names]
         return read_shard(self.storage, entry, wanted)
+
+    def part_with(self, index: int, features: str | None) -> dict[str, Tensor]:
+        """All tensors of a part but the features that are not asked for."""
+        read, skipped = feature_tensors(features), set[str]()
+        for name in (None, *self.manifest.meta.get("features", {})):
+            skipped |= set(feature_tensors(name)) - set(read)
+        if not skipped:
+            return self.part(index)
+        stored = [tensor.name for tensor in self.manifest.parts[index].tensors]
+        kept = [s for s in stored if not skipped & {s, s.rpartition(".")[0]}]
+        return read_shard(self.storage, self.manifest.parts[index], kept)
+
+
+def feature_tensors(features: str | None) -> tuple[str, str]:
+    """Names of the tensors with the features of owned and of halo nodes; None: ``x``."""
+    return ("x", "x_halo") if features is None else (f"features.{features}", f"features_halo.{features}")
 
 
 def sparse_features(name: str, x: Tensor) -> dict[str, Tensor]:
@@ -66,7 +98,7 @@ def sparse_features(name: str, x: Tensor) -> dict[str, Tensor]:
 
 
 def features(tensors: dict[str, Tensor], name: str, num_features: int) -> Tensor:
-    """``x`` or ``x_halo`` of a part as a dense float32 matrix, however it is stored."""
+    """One of `feature_tensors` of a part as a dense float32 matrix, however it is stored."""
     if name in tensors:
         return tensors[name].float()
     indptr, columns = tensors[f"{name}.indptr"], tensors[f"{name}.indices"].long()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gkd_dist.errors import GraphError, ManifestError
 from gkd_dist.graph import SPLITS, Batch, LocalGraph, Task
-from gkd_dist.partition.store import GraphStore, features, local_graph
+from gkd_dist.partition.store import GraphStore, feature_tensors, features, local_graph
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.sparse import CsrPattern
 from gkd_dist.storage import Storage
@@ -40,8 +40,9 @@ class UnitLoader:
     """Makes batches out of a graph store and, optionally, a teacher's knowledge.
 
     ``units`` are the parts of each unit. ``hops`` is how much of the stored halo is used (None:
-    all of it); fewer hops than the student is deep make its outputs approximate. Holds no open
-    files and no state: it can be pickled and used from several threads.
+    all of it); fewer hops than the student is deep make its outputs approximate. ``features`` are the
+    named features that become ``x`` of a batch (None: the graph's own). Holds no open files and no
+    state: it can be pickled and used from several threads.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class UnitLoader:
         units: Sequence[tuple[int, ...]],
         wants: Wants = NOTHING,
         hops: int | None = None,
+        features: str | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph, self.features = graph, features
+        self.num_features = graph.num_features_of(features)
         self.units = [tuple(sorted(unit)) for unit in units]
         self.wants = wants
         self.hops = _check_hops(graph.manifest, hops)
@@ -100,7 +103,7 @@ class UnitLoader:
         weighted = bool(meta.get("has_edge_weight", False))
         attributes = self.graph.num_edge_features
         classes = int(meta["num_classes"])
-        return empty_batch(self.graph.num_features, classes, meta["task"], self.wants, weighted, attributes)
+        return empty_batch(self.num_features, classes, meta["task"], self.wants, weighted, attributes)
 
     def size_of(self, unit: int | None) -> int:
         """Bytes of the batch of ``unit``, known before it is read; an upper bound where parts are merged."""
@@ -109,7 +112,7 @@ class UnitLoader:
         meta = self.graph.manifest.meta
         classes = int(meta["num_classes"])
         label_bytes = 8 if meta["task"] == "multiclass" else 4 * classes
-        per_node = 4 * self.graph.num_features + 8 + 16 + 4 + 1  # x, n_id, both indptr, degree, loop
+        per_node = 4 * self.num_features + 8 + 16 + 4 + 1  # x, n_id, both indptr, degree, loop
         per_edge = 3 * 8 + 4 * bool(meta.get("has_edge_weight", False)) + 4 * self.graph.num_edge_features
         per_owned = label_bytes + len(SPLITS) + self._logit_bytes(classes)
         total = 16
@@ -129,7 +132,7 @@ class UnitLoader:
 
     def _part(self, index: int) -> LocalPart:
         hop_ptr = tuple(self.graph.manifest.parts[index].meta["hop_ptr"])
-        return LocalPart(index, self.graph.part(index), hop_ptr[: self.hops + 1])
+        return LocalPart(index, self.graph.part_with(index, self.features), hop_ptr[: self.hops + 1])
 
     def _nodes_and_edges(self, parts: list[LocalPart]) -> tuple[LocalGraph, Tensor, Tensor]:
         """Graph, ``n_id`` and ``x``; a single part is used as it is stored, with its transpose."""
@@ -160,8 +163,7 @@ class UnitLoader:
 
     def _x(self, part: LocalPart) -> Tensor:
         """Features of the nodes in use, float32 [num_nodes, f]."""
-        owned = features(part.tensors, "x", self.graph.num_features)
-        halo = features(part.tensors, "x_halo", self.graph.num_features)
+        owned, halo = (features(part.tensors, name, self.num_features) for name in feature_tensors(self.features))
         return torch.cat([owned, halo[: part.num_nodes - part.num_owned]])
 
 
