@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gkd_dist import layout
 from gkd_dist.errors import DataError
-from gkd_dist.partition.store import GraphStore, features
+from gkd_dist.partition.store import GraphStore, feature_tensors, features
 from gkd_dist.sparse import row_index
 from gkd_dist.storage import Storage
 from gkd_dist.stream.knowledge import KnowledgeStore
@@ -55,7 +55,9 @@ def part_tables(graph: GraphStore, knowledge: KnowledgeStore | None, part: int) 
     sources = tensors["indices"][:num_edges].long()
     nodes = {"n_id": n_id[:num_owned], "part": torch.full((num_owned,), part, dtype=torch.int32)}
     nodes |= {name: tensors[name][:num_owned] for name in _PER_NODE}
-    nodes["x"] = features(tensors, "x", graph.num_features)
+    for named in (None, *graph.manifest.meta.get("features", {})):
+        name = feature_tensors(named)[0]
+        nodes[name] = features(tensors, name, graph.num_features_of(named))
     edges = {"source": n_id[sources], "target": n_id[row_index(indptr)], "is_cut": sources >= num_owned}
     edges |= {name: tensors[name][:num_edges] for name in _PER_EDGE if name in tensors}
     if knowledge is not None:

@@ -36,7 +36,7 @@ def layer_width(config: Config, layer: int, meta: Mapping[str, Any]) -> int:
 def _user_widths(config: Config, meta: Mapping[str, Any]) -> dict[int, int]:
     from gkd_dist.models.probe import layer_widths
 
-    return layer_widths(_tried_teacher(config, meta), *_tiny_like(meta))
+    return layer_widths(_tried_teacher(config, meta), *_tiny_like(config, meta))
 
 
 def _tried_teacher(config: Config, meta: Mapping[str, Any]) -> Any:
@@ -45,14 +45,16 @@ def _tried_teacher(config: Config, meta: Mapping[str, Any]) -> Any:
 
     from gkd_dist.models.build import build_model, resolve_model
 
-    num_features, num_classes = int(meta["num_features"]), int(meta["num_classes"])
+    num_features, num_classes = _tiny_like(config, meta)[0], int(meta["num_classes"])
     with torch.random.fork_rng(devices=[]):
         return build_model(resolve_model(config.teacher.model, meta), num_features, num_classes).eval()
 
 
-def _tiny_like(meta: Mapping[str, Any]) -> tuple[int, bool, int]:
-    """What a tiny graph to try models on has: features, edge weights, edge attributes."""
-    return int(meta["num_features"]), bool(meta.get("has_edge_weight")), int(meta.get("num_edge_features", 0))
+def _tiny_like(config: Config, meta: Mapping[str, Any]) -> tuple[int, bool, int]:
+    """What a tiny graph to try the teacher on has: features, edge weights, edge attributes."""
+    named = config.teacher.features
+    num_features = int(meta["num_features"] if named is None else meta["features"][named])
+    return num_features, bool(meta.get("has_edge_weight")), int(meta.get("num_edge_features", 0))
 
 
 def scores_dtype(config: Config) -> str:
@@ -128,7 +130,7 @@ def _tap_kinds(config: Config, meta: Mapping[str, Any]) -> list[Kind]:
     from gkd_dist.infer.taps import tap_widths
     from gkd_dist.models.tiny import random_graph
 
-    tiny, num_nodes = random_graph(*_tiny_like(meta)), int(meta["num_nodes"])
+    tiny, num_nodes = random_graph(*_tiny_like(config, meta)), int(meta["num_nodes"])
     widths = tap_widths(_tried_teacher(config, meta), config.infer.taps, tiny.x, tiny.graph)
     size = _BYTES[config.infer.dtype] * num_nodes
     return [Kind(f"taps.{tap}", config.infer.dtype, (num_nodes, width), size * width) for tap, width in widths.items()]

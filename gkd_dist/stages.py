@@ -143,7 +143,11 @@ def _adopt_teacher(session: Session) -> None:
 
     graph, config = open_graph(session), session.config
     meta, state, features = graph.manifest.meta, _checkpoint(session), config.teacher.features
-    kind, width, num_classes = resolve_model(config.teacher.model, meta), graph.num_features_of(features), int(meta["num_classes"])
+    kind, width, num_classes = (
+        resolve_model(config.teacher.model, meta),
+        graph.num_features_of(features),
+        int(meta["num_classes"]),
+    )
     model = build_model(kind, width, num_classes)
     load_weights(model, state, str(config.teacher.checkpoint))
     spec = ModelSpec(kind, width, num_classes, meta["task"], features=features)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from gkd_dist.config.base import (
     Fraction,
@@ -89,8 +90,8 @@ class RandomSplit(Section):
 Split = Annotated[PerClassSplit | RandomSplit, Field(discriminator="kind")]
 
 
+_NAME = frozenset(string.ascii_letters + string.digits + "-_")
 EdgeAttr = Literal["auto", "keep", "drop"]
-FeatureName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # no dot: it is part of the name of stored tensors
 
 
 class GraphConfig(Section):
@@ -106,10 +107,18 @@ class GraphConfig(Section):
         "auto",
         description="edge attributes; auto: one number per edge of a pyg source is its weight, all else is kept",
     )
-    features: dict[FeatureName, str] = Field(
+    features: dict[str, str] = Field(
         default_factory=dict,
         description="further node features by name, each the URL of an .npy or .npz file [num_nodes, f]",
     )
+
+    @field_validator("features")
+    @classmethod
+    def _features(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not name or not set(name) <= _NAME:  # no dot: it is part of the name of stored tensors
+                raise ValueError(f"names are letters, digits, - and _ (got {name!r}); rename it")
+        return value
 
 
 class PartitionConfig(Section):

@@ -187,9 +187,7 @@ def _check_model(model: nn.Module, spec: ModelSpec, graph: GraphStore, wants: Wa
             f"{spec.config.kind} has no layers to take scores or embeddings from; "
             "give it num_layers, forward_layer and activate, or drop the losses that read teacher layers"
         )
-    found = check_model(
-        model, width, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features
-    )
+    found = check_model(model, width, bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features)
     hops = int(graph.manifest.meta["halo_hops"])
     log.log(logging.INFO if found.exact(hops) else logging.WARNING, "%s", found.sentence(hops))
 
@@ -207,7 +205,9 @@ def locate_taps(
     layers = as_layers(model)
     if layers is None:
         return dict.fromkeys(taps, KNOWLEDGE)
-    tiny = random_graph(graph.num_features_of(features), bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features)
+    tiny = random_graph(
+        graph.num_features_of(features), bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features
+    )
     return probe_taps(model, layers, taps, tiny.x, tiny.graph)
 
 

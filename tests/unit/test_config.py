@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -179,3 +179,26 @@ def test_the_configuration_is_read_without_torch():
     code = "import sys, gkd_dist.config_file; print(sorted({'torch', 'ray', 'deepspeed'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"
+
+
+class TestFeatures:
+    GRAPH: ClassVar = {"source": {"kind": "synthetic"}, "features": {"text": "text.npy", "image": "image.npy"}}
+
+    @pytest.mark.parametrize("side", ["teacher", "student"])
+    def test_a_model_reads_features_that_the_graph_names(self, side: str):
+        model = {**minimal()[side], "features": "text"}
+        assert getattr(config(graph=self.GRAPH, **{side: model}), side).features == "text"
+
+    @pytest.mark.parametrize("side", ["teacher", "student"])
+    def test_unknown_features_are_named_with_what_is_near(self, side: str):
+        model = {**minimal()[side], "features": "test"}
+        with pytest.raises(
+            ValidationError, match=rf"{side}\.features: graph\.features has no 'test' \(it has image, te"
+        ):
+            config(graph=self.GRAPH, **{side: model})
+        with pytest.raises(ValidationError, match="did you mean 'text'"):
+            config(graph=self.GRAPH, **{side: model})
+
+    def test_a_name_is_part_of_a_key(self):
+        with pytest.raises(ValidationError, match=r"names are letters, digits, - and _ \(got 'a\.b'\)"):
+            config(graph={"source": {"kind": "synthetic"}, "features": {"a.b": "text.npy"}})

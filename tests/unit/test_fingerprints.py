@@ -61,6 +61,7 @@ DISTILLED = {"distilled", "evaluation"}
         ("graph.source.num_nodes=101", ALL),
         ("graph.normalize_features=true", ALL),
         ("graph.edge_attr=keep", ALL),
+        ("graph.features.more=/data/more.npy", ALL),
         ("partition.num_parts=5", ALL),
         ("partition.method=random", ALL),
         ("partition.seed=3", ALL),
@@ -150,6 +151,15 @@ def test_fingerprints_are_hex_digests_that_last() -> None:
 def test_graph_stores_of_earlier_versions_stay() -> None:
     """Settings that came later count only where they differ from what was done before."""
     assert fp.graph_fingerprint(config()).startswith("29fed21d71d1ee40")
+
+
+def test_the_features_that_a_model_reads_are_its_own_matter() -> None:
+    more = "graph.features.more=/data/more.npy"
+    before = chain(config(more))
+    taught = chain(config(more, "teacher.features=more"))
+    assert {stage for stage in before if before[stage] != taught[stage]} == TAUGHT
+    learned = chain(config(more, "student.features=more"))
+    assert {stage for stage in before if before[stage] != learned[stage]} == STUDENTS
 
 
 def test_every_training_setting_is_on_one_side() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from infer_worlds import NUM_FEATURES, PLAIN_KIND, World, assert_close, whole
 from torch import Tensor, nn
 
 from gkd_dist import layout
-from gkd_dist.config import InferConfig
-from gkd_dist.errors import ModelError, OwnershipError, ShardError
+from gkd_dist.config import InferConfig, ModelConfig
+from gkd_dist.errors import GraphError, ModelError, OwnershipError, ShardError
 from gkd_dist.infer.knowledge import embedding_name, score_name
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import infer_nodes
 from gkd_dist.losses import edge_scores
+from gkd_dist.models.build import build_model
+from gkd_dist.models.io import ModelSpec, read_model, save_model
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.storage import Storage
@@ -67,6 +70,35 @@ def test_exact_in_special_cases(
     storage, model = world.model("gcn", **model_options)
     manifest = infer_nodes(storage, graph, world.storage("k"), Wants(), exact, fingerprint=FINGERPRINT)
     assert_close(whole(graph, world.storage("k"), manifest, "logits"), full_forward(model, world)[0])
+
+
+@pytest.mark.parametrize("kind", ["sage", PLAIN_KIND])
+def test_a_model_reads_the_features_that_it_names(make_world: MakeWorld, exact: InferConfig, kind: str) -> None:
+    world = make_world()
+    wide = torch.randn(world.graph.num_nodes, 11)
+    world.graph = replace(world.graph, features={"wide": wide})
+    graph, config = world.cut(3, halo_hops=3), ModelConfig(kind=kind, hidden=5)
+    model, storage = build_model(config, 11, 4).eval(), world.storage("wide-model")
+    save_model(storage, model, ModelSpec(config, 11, 4, "multiclass", features="wide"), "model")
+    assert read_model(storage, [PLAIN_KIND])[1].features == "wide"
+    allow = (PLAIN_KIND,)
+    manifest = infer_nodes(
+        storage, graph, world.storage("k"), Wants(), exact, fingerprint=FINGERPRINT, allow_code=allow
+    )
+    with torch.no_grad():
+        assert_close(whole(graph, world.storage("k"), manifest, "logits"), model(wide, world.graph.edge_index))
+
+
+def test_features_that_a_graph_lacks(make_world: MakeWorld, exact: InferConfig) -> None:
+    world = make_world()
+    config, storage = ModelConfig(kind="gcn", hidden=5), world.storage("wide-model")
+    spec = ModelSpec(config, NUM_FEATURES, 4, "multiclass", features="wide")
+    save_model(storage, build_model(config, NUM_FEATURES, 4), spec, "model")
+    with pytest.raises(GraphError, match="has no features 'wide'"):
+        infer_nodes(storage, world.cut(2), world.storage("k"), Wants(), exact, fingerprint=FINGERPRINT)
+    world.graph = replace(world.graph, features={"wide": torch.randn(world.graph.num_nodes, 11)})
+    with pytest.raises(ModelError, match=r"reads 6 features per node, the graph at .* has 11 in 'wide'; use a graph"):
+        infer_nodes(storage, world.cut(3), world.storage("k"), Wants(), exact, fingerprint=FINGERPRINT)
 
 
 def test_scores_and_their_median_do_not_depend_on_the_cut(make_world: MakeWorld, exact: InferConfig) -> None:

@@ -11,10 +11,10 @@ from infer_worlds import make_graph
 from torch import Tensor
 
 from gkd_dist.config import PartitionConfig
-from gkd_dist.errors import ManifestError
+from gkd_dist.errors import GraphError, ManifestError
 from gkd_dist.graph import Graph
 from gkd_dist.partition.build import build_graph_store
-from gkd_dist.partition.store import GraphStore, features, local_graph, sparse_features
+from gkd_dist.partition.store import GraphStore, feature_tensors, features, local_graph, sparse_features
 from gkd_dist.sparse import CsrPattern
 from gkd_dist.storage import Storage
 
@@ -71,6 +71,44 @@ def test_named_tensors_are_read_alone(form: str) -> None:
     found = store.part(0, ["n_id", "x"])
     assert set(found) == ({"n_id", "x"} if form == "dense" else {"n_id", "x.indptr", "x.indices", "x.values"})
     assert torch.equal(features(found, "x", 40), features(store.part(0), "x", 40))
+
+
+NAMED = {"wide": torch.arange(42.0).reshape(6, 7), "words": mostly_zeros(6)}
+
+
+def test_named_features_lie_beside_x() -> None:
+    store = store_of(path(features=NAMED), "features")
+    assert store.manifest.meta["features"] == {"wide": 7, "words": 40}
+    assert [store.num_features_of(name) for name in (None, "wide", "words")] == [3, 7, 40]
+    for index in range(2):
+        part = store.part(index)
+        assert "features.words" not in part, "mostly zeros"
+        for name, expected in NAMED.items():
+            owned, halo = (features(part, tensor, store.num_features_of(name)) for tensor in feature_tensors(name))
+            assert torch.equal(torch.cat([owned, halo]), expected[part["n_id"]])
+
+
+@pytest.mark.parametrize("name", [None, "wide", "words"])
+def test_features_that_are_not_asked_for_are_not_read(name: str | None) -> None:
+    store = store_of(path(features=NAMED), f"part-with-{name}")
+    found, everything = store.part_with(0, name), store.part(0)
+    read = {"": {"x", "x_halo"}, "wide": {"features.wide", "features_halo.wide"}}.get(name or "")
+    assert {key for key in found if key.startswith(("x", "features"))} == (
+        read or {f"{tensor}.{end}" for tensor in feature_tensors("words") for end in ("indptr", "indices", "values")}
+    )
+    others = {key for key in everything if not key.startswith(("x", "features"))}
+    assert others == {key for key in found if not key.startswith(("x", "features"))}
+    assert set(store.part(0, ["n_id", *feature_tensors(name)])) == {"n_id", *(set(found) - others)}
+
+
+def test_features_that_are_not_there() -> None:
+    store = store_of(path(features=NAMED), "absent")
+    with pytest.raises(
+        GraphError, match=r"no features 'wode' \(it has wide, words\), did you mean 'wide'\?; name them"
+    ):
+        store.num_features_of("wode")
+    with pytest.raises(GraphError, match=r"no features 'a' \(it has x alone\); name them in graph.features and run"):
+        store_of(path(), "absent-alone").num_features_of("a")
 
 
 # --- prefixes --------------------------------------------------------------------------------

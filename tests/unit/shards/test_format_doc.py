@@ -58,6 +58,7 @@ def graph(density: float, weighted: bool) -> Graph:
         num_classes=2,
         edge_weight=torch.ones(edge_index.size(1)) if weighted else None,
         edge_attr=torch.ones(edge_index.size(1), 3) if weighted else None,
+        features={"other": torch.ones(12, 4)} if weighted else {},
     )
 
 
@@ -168,7 +169,7 @@ def test_the_pages_of_a_manifest(run: Storage, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_graph_part(run: Storage) -> None:
     manifest = write_graph(run)
-    drawn = {name: dtype for name, (dtype, *_) in table("Graph part", 0).items()}
+    drawn = {name.replace("<name>", "other"): dtype for name, (dtype, *_) in table("Graph part", 0).items()}
     for entry in manifest.parts:
         assert tensors(entry) == drawn
         assert entry.counts.keys() == table("Graph part", 2).keys()
@@ -180,7 +181,7 @@ def test_a_graph_part(run: Storage) -> None:
 def test_a_graph_part_with_sparse_features_and_without_weights(run: Storage) -> None:
     manifest = write_graph(run, density=0.05, weighted=False)
     drawn = {name: dtype for number in (0, 1) for name, (dtype, *_) in table("Graph part", number).items()}
-    for name in ("x", "x_halo", "edge_weight", "edge_attr"):
+    for name in ("x", "x_halo", "edge_weight", "edge_attr", "features.<name>", "features_halo.<name>"):
         del drawn[name]
     assert tensors(manifest.parts[0]) == drawn
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_features_labels_and_masks_follow_the_nodes(units: list[tuple[int, ...]]
         assert torch.equal(batch.y, graph.y[owned])
         for split in SPLITS:
             assert torch.equal(batch.mask(split), getattr(graph, f"{split}_mask")[owned])
+
+
+@pytest.mark.parametrize("units", [[(0,), (1,), (2,)], [(2, 0), (1,)]], ids=str)
+def test_named_features_take_the_place_of_x(units: list[tuple[int, ...]]) -> None:
+    graph = random_graph()
+    other = torch.randn(graph.num_nodes, 9)
+    store = graph_store(replace(graph, features={"other": other, "unread": other + 1}), 3, 2)
+    for features, expected in ((None, graph.x), ("other", other)):
+        loader = UnitLoader(store, None, units, features=features)
+        for unit in range(len(units)):
+            batch = loader.load(unit)
+            assert torch.equal(batch.x, expected[batch.n_id])
+            assert loader.size_of(unit) >= sum(t.numel() * t.element_size() for t in tensors_of(batch))
+        assert loader.load(None).x.shape == (0, expected.size(1))
 
 
 def test_sparse_features_become_dense() -> None:
