@@ -20,6 +20,7 @@ from gkd_dist.metrics import METRIC_NAMES, NUM_COUNTS, metric_of, predicted_labe
 from gkd_dist.partition.store import GraphStore, local_graph
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
+from gkd_dist.stream.ensemble import Ensemble
 from gkd_dist.stream.knowledge import KnowledgeStore, Wants, score_name
 from gkd_dist.topk import TopK
 
@@ -28,16 +29,19 @@ _LOGITS = Wants(logits=True)
 _STRUCTURE = ("n_id", "y", "in_degree", "has_self_loop", "indptr", "indices", "t_indptr", "t_perm")
 
 
-def evaluate_logits(graph: GraphStore, predictions: Stored, teacher: Stored | None = None) -> dict[str, Any]:
+def evaluate_logits(
+    graph: GraphStore, predictions: Stored | Ensemble, teacher: Stored | Ensemble | None = None
+) -> dict[str, Any]:
     """Metrics of stored logits on every split, over the labelled nodes of all parts.
 
     Returns ``metric`` (``accuracy``, or ``micro_f1`` for multi-label tasks), its value per split
     (``train``, ``val``, ``test``; None for a split without labelled nodes), ``num_train``, ... the
     nodes counted, and with a ``teacher`` the ``agreement`` over all nodes: the fraction of equal
-    classes, or of equal labels. Raises `ManifestError` for predictions about another graph.
+    classes, or of equal labels. Of an `Ensemble` the mean logits count. Raises `ManifestError` for
+    predictions about another graph.
     """
     task = str(graph.manifest.meta["task"])
-    stores = [KnowledgeStore(*stored) for stored in (predictions, teacher) if stored is not None]
+    stores = [_open(stored) for stored in (predictions, teacher) if stored is not None]
     for store in stores:
         store.check(graph.manifest, _LOGITS)
     counts = torch.zeros(len(SPLITS), NUM_COUNTS, dtype=torch.int64)
@@ -56,14 +60,18 @@ def evaluate_logits(graph: GraphStore, predictions: Stored, teacher: Stored | No
     return found
 
 
-def _labels(store: KnowledgeStore, part: int, y: Tensor, task: str) -> Tensor:
+def _open(stored: Stored | Ensemble) -> KnowledgeStore | Ensemble:
+    return stored if isinstance(stored, Ensemble) else KnowledgeStore(*stored)
+
+
+def _labels(store: KnowledgeStore | Ensemble, part: int, y: Tensor, task: str) -> Tensor:
     """What is predicted for the owned nodes; the first of the largest logits is the class."""
-    logits, _ = store.part(part, {}, _LOGITS)
+    logits = store.part(part, {}, _LOGITS)[0]
     scores = logits.values if isinstance(logits, TopK) else logits
     if scores is None or scores.size(0) != y.size(0):
         found = 0 if scores is None else scores.size(0)
         raise ManifestError(
-            f"part {part} in {store.storage.url} has logits of {found} nodes, the graph has {y.size(0)}; "
+            f"part {part} in {store.url} has logits of {found} nodes, the graph has {y.size(0)}; "
             "run the inference again"
         )
     return logits.index[:, 0].long() if isinstance(logits, TopK) else predicted_labels(scores, task)

@@ -7,9 +7,10 @@ out, so that a run may go on elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from gkd_dist.config import Config, InferConfig, LabelLoss, TrainConfig
+from gkd_dist.config import Config, InferConfig, LabelLoss, Loss, TrainConfig
 from gkd_dist.config_file import config_fingerprint
 
 FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 1, "evaluation": 1}
@@ -75,10 +76,11 @@ def inference_details(settings: InferConfig) -> dict[str, Any]:
 def student_fingerprint(config: Config, knowledge: str | None) -> str:
     """Of a student; ``knowledge`` None is the one that trains alone."""
     losses = config.losses if knowledge is not None else tuple(x for x in config.losses if isinstance(x, LabelLoss))
+    plain = [loss.model_dump(mode="json", exclude=_unnamed(loss)) for loss in losses]
     return _of(
         "student",
         config.student.model,
-        losses,
+        plain,
         training(config.distill),
         config.distill.precision,
         config.distill.deepspeed,
@@ -87,6 +89,16 @@ def student_fingerprint(config: Config, knowledge: str | None) -> str:
         config.seed,
         *_if_set(config.student.features),
     )
+
+
+def _unnamed(loss: Loss) -> set[str]:
+    """A loss that names no teacher is what it was before there could be several."""
+    return {"teacher"} if getattr(loss, "teacher", None) is None else set()
+
+
+def of_several(fingerprints: Mapping[str, str]) -> str:
+    """Of what several teachers have, by name."""
+    return _of("teacher", "several", dict(fingerprints))
 
 
 def _if_set(features: str | None) -> tuple[dict[str, str], ...]:

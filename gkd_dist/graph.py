@@ -7,7 +7,7 @@ is the source, row 1 the target.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -227,7 +227,9 @@ class Batch:
     Owned nodes come first. ``graph`` has n nodes; all in-edges of owned nodes are its first
     ``num_owned_edges`` edges. ``x`` [n, f]; ``y`` and the masks cover the owned nodes only.
     ``teacher_logits`` float32 [num_owned, c], or the largest of them; ``teacher_scores[(layer, metric)]`` float32
-    [num_owned_edges], raw scores of the owned in-edges in the order of ``graph``.
+    [num_owned_edges], raw scores of the owned in-edges in the order of ``graph``. Of several teachers
+    ``teacher_logits`` is the mean, ``logits_of`` has those of single ones by name, and the keys of the
+    scores end with the name.
     An empty batch (``num_owned == 0``, no nodes) is what a rank without work runs.
     """
 
@@ -241,7 +243,8 @@ class Batch:
     n_id: Tensor
     num_owned: int
     teacher_logits: Tensor | TopK | None = None
-    teacher_scores: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    teacher_scores: Mapping[tuple[int, str] | tuple[int, str, str], Tensor] = field(default_factory=dict)
+    logits_of: Mapping[str, Tensor | TopK] = field(default_factory=dict)
 
     @property
     def num_owned_edges(self) -> int:
@@ -268,4 +271,5 @@ class Batch:
             if self.teacher_logits is None
             else self.teacher_logits.to(device, non_blocking=non_blocking),
             teacher_scores={key: move(value) for key, value in self.teacher_scores.items()},
+            logits_of={name: logits.to(device, non_blocking=non_blocking) for name, logits in self.logits_of.items()},
         )

@@ -18,9 +18,9 @@ _SAMPLED_PARTS = 4
 def inference_seconds(model: nn.Module, graph: GraphStore, features: str | None = None) -> float:
     """Seconds of one forward over every part with its halo, reading not counted.
 
-    ``features`` are the named features that the model reads, None: ``x``.
-    At most four parts are timed, the second of two passes each, and scaled to all nodes. Runs in
-    this process with torch's current number of threads.
+    ``features`` are the named features that the model reads, None: ``x``. At most four parts are
+    timed, the second of two passes each, and scaled to all nodes. Runs in this process with torch's
+    current number of threads.
     """
     model.eval()
     loader = UnitLoader(graph, None, [(part,) for part in range(graph.num_parts)], features=features)

@@ -4,7 +4,7 @@
 
     <run>/config.yaml  owner.json
     <run>/graph/manifest.json                   part-00000-<sha8>.safetensors ...
-    <run>/teacher/model.json model.safetensors  checkpoints/
+    <run>/teacher/model.json model.safetensors  checkpoints/       teachers/<name>/ where there are several
     <run>/knowledge/<teacher>-<fp8>/manifest.json   part-00000-<sha8>.safetensors ...  tmp-<fp8>/
     <run>/students/<name>/model.json model.safetensors  checkpoints/step-00000500/  predictions/
     <run>/export/model.json model.safetensors README.md
@@ -23,6 +23,7 @@ METRICS = "metrics.json"
 REPORT = "report.html"
 GRAPH = "graph"
 TEACHER = "teacher"
+TEACHERS = "teachers"
 KNOWLEDGE = "knowledge"
 STUDENTS = "students"
 TENSORBOARD = "tensorboard"
@@ -46,6 +47,11 @@ def manifest_page(number: int, sha256: str) -> str:
 def stage_record(stage: str) -> str:
     """Key of the record that a finished stage leaves."""
     return f"stages/{stage}.json"
+
+
+def one_teacher(name: str) -> str:
+    """Folder of the teacher ``name`` of several."""
+    return f"{TEACHERS}/{name}"
 
 
 def student(name: str) -> str:

@@ -172,6 +172,12 @@ def format_knowledge(config: Config, meta: Mapping[str, Any] | None) -> str:
     """What ``infer`` will store, for people; ``meta`` None: the graph has no store yet."""
     if meta is None:
         return "knowledge: sizes are known after partition"
+    return "\n".join(
+        _format_one(config.view_of(teacher), meta, len(config.teachers)) for teacher in config.all_teachers()
+    )
+
+
+def _format_one(config: Config, meta: Mapping[str, Any], num_teachers: int) -> str:
     kinds = knowledge_kinds(config, meta)
     width = max(len(kind.name) for kind in kinds)
     lines = [
@@ -179,14 +185,16 @@ def format_knowledge(config: Config, meta: Mapping[str, Any] | None) -> str:
         f"{kind.num_bytes:>16,} bytes"
         for kind in kinds
     ]
-    total = sum(kind.num_bytes for kind in kinds)
-    return "\n".join([f"knowledge: {total:,} bytes in all parts", *lines, *describe_layers(config, meta)])
+    total, of = sum(kind.num_bytes for kind in kinds), f" of {config.teacher.name}" if num_teachers else ""
+    return "\n".join([f"knowledge{of}: {total:,} bytes in all parts", *lines, *describe_layers(config, meta)])
 
 
 def knowledge_json(config: Config, meta: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The same as JSON values."""
+    """The same as JSON values; of several teachers by name, under ``teachers``."""
     if meta is None:
         return None
+    if config.teachers:
+        return {"teachers": {t.name: knowledge_json(config.view_of(t), meta) for t in config.teachers}}
     kinds = knowledge_kinds(config, meta)
     layers = {
         str(layer): {

@@ -19,7 +19,8 @@ def predict_run(
     """Writes the predictions to ``out``; ``other`` names the graph where it is not the run's own."""
     from gkd_dist.predict import predict
 
-    folders = {"teacher": session.teacher, "distilled": session.student("distilled"), "alone": session.student("alone")}
+    folders = {view.teacher_label: view.teacher for view in session.views()}
+    folders |= {name: session.student(name) for name in ("distilled", "alone")}
     if model not in folders:
         raise ConfigError(f"--model must be one of {', '.join(folders)} (got {model!r}); correct it")
     graph = stages.open_graph(session) if other is None else _other_graph(session, other)

@@ -11,7 +11,7 @@ from gkd_dist.session import is_local
 
 def check_code(config: Config) -> None:
     """`ConfigError` where a ``module:attr`` model cannot be imported here; workers on other machines need it too."""
-    for kind in (config.teacher.model.kind, config.student.model.kind):
+    for kind in (*(teacher.model.kind for teacher in config.all_teachers()), config.student.model.kind):
         if ":" in kind:
             from gkd_dist.models.build import import_model
 

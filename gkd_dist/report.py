@@ -69,9 +69,9 @@ def metric_name(metrics: Mapping[str, Any]) -> str:
 
 
 def ordered_models(models: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Teacher, student alone, student distilled, then any others by name."""
-    known = [name for name in LABELS if name in models]
-    return [(name, models[name]) for name in [*known, *sorted(set(models) - set(known))]]
+    """Several teachers and their mean by name, or the teacher; student alone, student distilled."""
+    names = [*sorted(set(models) - set(LABELS)), *(name for name in LABELS if name in models)]
+    return [(name, models[name]) for name in names]
 
 
 def _score(value: float | None) -> str:
@@ -114,7 +114,8 @@ def build_report(metrics: Mapping[str, Any], curves: Curves, partition: Mapping[
 def headline(metrics: Mapping[str, Any]) -> str:
     """What the run achieved, in one or two sentences; "" where there is too little to say."""
     models = dict(ordered_models(metrics.get("models", {})))
-    student, alone, teacher = (models.get(name) for name in ("distilled", "alone", "teacher"))
+    student, alone = (models.get(name) for name in ("distilled", "alone"))
+    teacher = models.get("teacher") or models.get("ensemble")
     score = _test(student)
     if score is None or student is None:
         return ""

@@ -9,12 +9,15 @@ from gkd_dist import fingerprints as fp
 from gkd_dist import layout, stages
 from gkd_dist.config import LspLoss, resolve_layer
 from gkd_dist.errors import ObjectNotFoundError
+from gkd_dist.evaluate import evaluate_logits, lsp_divergence
 from gkd_dist.models.io import read_model, read_model_document
 from gkd_dist.session import Session
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
+from gkd_dist.stream.ensemble import Ensemble
 
 log = logging.getLogger(__name__)
+Stored = tuple[Storage, Manifest]
 EXPORT = "export"
 CARD = "README.md"
 PREDICTIONS = "predictions"
@@ -62,9 +65,8 @@ def _document(session: Session, key: str) -> dict[str, Any]:
 
 def evaluate(session: Session) -> None:
     """Exact layer-wise inference of every student; metrics of all models into ``metrics.json``."""
-    storage = stages.knowledge_folder(session)
-    knowledge = (storage, Manifest.load(storage, "knowledge", stages.infer_fingerprint(session)))
-    models = {"teacher": _measure(session, session.teacher, knowledge, None)}
+    knowledge = stages.open_knowledge(session)
+    models = _measure_teachers(session, knowledge)
     for name, identity in _identities(session).items():
         predictions = _predict(session, name, identity)
         models[name] = _measure(session, session.student(name), predictions, knowledge)
@@ -79,6 +81,26 @@ def evaluate(session: Session) -> None:
             "versions": versions(),
         },
     )
+
+
+def _measure_teachers(session: Session, knowledge: Stored | Ensemble) -> dict[str, Any]:
+    """A row for the teacher; of several one for each, and one for the mean of their logits."""
+    if not isinstance(knowledge, Ensemble):
+        return {"teacher": _measure(session, session.teacher, knowledge, None)}
+    rows = {
+        view.teacher_label: _measure(session, view.teacher, knowledge.stores[view.teacher_label], None)
+        for view in session.views()
+    }
+    values = evaluate_logits(stages.open_graph(session), knowledge)
+    together = {
+        "metric": values["metric"],
+        "accuracy": {split: values[split] for split in ("train", "val", "test")},
+        "num_params": sum(row["num_params"] for row in rows.values()),
+        "inference_s": sum(row["inference_s"] for row in rows.values()),
+        "agreement": None,
+        "lsp_kl": None,
+    }
+    return {**rows, "ensemble": together}
 
 
 def _first_lsp(session: Session) -> LspLoss | None:
@@ -111,10 +133,9 @@ def _predict(session: Session, name: str, identity: str) -> tuple[Storage, Manif
 
 
 def _measure(
-    session: Session, folder: Storage, predictions: tuple[Storage, Manifest], teacher: tuple[Storage, Manifest] | None
+    session: Session, folder: Storage, predictions: Stored, teacher: Stored | Ensemble | None
 ) -> dict[str, Any]:
     """One row of the table."""
-    from gkd_dist.evaluate import evaluate_logits
     from gkd_dist.inference_time import inference_seconds
 
     graph = stages.open_graph(session)
@@ -134,16 +155,22 @@ def _measure(
 def _divergence(
     session: Session,
     folder: Storage,
-    predictions: tuple[Storage, Manifest],
-    teacher: tuple[Storage, Manifest],
+    predictions: Stored,
+    teacher: Stored | Ensemble,
     term: LspLoss,
 ) -> float:
-    """LSP divergence by the first LSP term, with the width that training settled on where there is one."""
-    from gkd_dist.evaluate import lsp_divergence
+    """LSP divergence by the first LSP term, with the width that training settled on where there is one.
 
+    From several teachers it is the mean over those that the term reads.
+    """
     summary = read_model_document(folder).get("meta", {}).get("summary", {})
     sigma = summary.get("extra", {}).get("sigmas", {}).get("lsp")
-    return lsp_divergence(stages.open_graph(session), predictions, teacher, term, student_sigma=sigma)
+    graph = stages.open_graph(session)
+    if not isinstance(teacher, Ensemble):
+        return lsp_divergence(graph, predictions, teacher, term, student_sigma=sigma)
+    read = [stored for name, stored in teacher.stores.items() if term.teacher in (None, name)]
+    found = [lsp_divergence(graph, predictions, stored, term, student_sigma=sigma) for stored in read]
+    return sum(found) / len(found)
 
 
 def _stage_facts(session: Session, models: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +181,8 @@ def _stage_facts(session: Session, models: dict[str, Any]) -> dict[str, Any]:
         name: {key: record[key] for key in ("wall_s", "peak_rss_bytes") if key in record}
         for name, record in stage_records(session).items()
     }
-    folders = {"teach": session.teacher} | {f"distill {n}": session.student(n) for n in models if n != "teacher"}
+    folders = {"teach" + ("" if v.is_whole else f" {v.teacher_label}"): v.teacher for v in session.views()}
+    folders |= {f"distill {name}": session.student(name) for name in models if name in ("distilled", "alone")}
     for name, folder in folders.items():
         summary = read_model_document(folder).get("meta", {}).get("summary")
         if summary:
@@ -234,7 +262,7 @@ def report(session: Session) -> None:
 
     manifest = stages.open_graph(session).manifest
     partition = {"meta": manifest.meta, "parts": [part.counts for part in manifest.parts]}
-    names = ("teacher", *stages.student_fingerprints(session))
+    names = (*(view.teacher_label for view in session.views()), *stages.student_fingerprints(session))
     curves = {name: read_curves(session.run.child(f"{layout.TENSORBOARD}/{name}")) for name in names}
     html = build_report(_metrics(session), curves, partition, dump_config(session.config))
     session.check_ownership()

@@ -7,11 +7,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gkd_dist import layout
-from gkd_dist.config import Config
+from gkd_dist.config import Config, TeacherConfig
 from gkd_dist.storage import Storage
 from gkd_dist.telemetry import Progress
 
@@ -38,6 +38,7 @@ class Session:
     _ray: bool = False
     _pool: ActorPool | None = None
     _known: dict[str, Any] = field(default_factory=dict)
+    _whole: Session | None = None  # of the run, where this is the view of one of several teachers
 
     @classmethod
     def open(cls, config: Config, progress: Progress) -> Session:
@@ -59,7 +60,28 @@ class Session:
     @property
     def teacher(self) -> Storage:
         """Folder of the teacher."""
+        if self._whole is not None:
+            return self.run.child(layout.one_teacher(self.config.teacher.name))
         return self.run.child(layout.TEACHER)
+
+    def views(self) -> list[Session]:
+        """The run as each of its teachers sees it; this session itself where there is one teacher."""
+        if not self.config.teachers:
+            return [self]
+        return self.once("views", lambda: [self._view(teacher) for teacher in self.config.teachers])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the run itself and not the view of one of several teachers."""
+        return self._whole is None
+
+    @property
+    def teacher_label(self) -> str:
+        """What the teacher is called in curves and tables: its name where there are several."""
+        return "teacher" if self.is_whole else self.config.teacher.name
+
+    def _view(self, teacher: TeacherConfig) -> Session:
+        return replace(self, config=self.config.view_of(teacher), _known={}, _whole=self)
 
     def student(self, name: str) -> Storage:
         """Folder of a student."""
@@ -79,7 +101,8 @@ class Session:
     @property
     def allow_code(self) -> tuple[str, ...]:
         """User classes that this run's own configuration names, and no others."""
-        kinds = (self.config.teacher.model.kind, self.config.student.model.kind)
+        models = [teacher.model for teacher in self.config.all_teachers()] + [self.config.student.model]
+        kinds = dict.fromkeys(model.kind for model in models)
         return tuple(kind for kind in kinds if ":" in kind)
 
     def start_ray(self) -> None:
@@ -95,6 +118,8 @@ class Session:
 
     def actors(self) -> ActorPool | None:
         """Inference actors, shared by all models of the session; None: work in this process."""
+        if self._whole is not None:
+            return self._whole.actors()
         if self.config.infer.num_actors == 0:
             return None
         self.start_ray()

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from gkd_dist.plan import plan_knowledge, say_knowledge
 from gkd_dist.session import Session
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
+
+if TYPE_CHECKING:
+    from gkd_dist.stream.ensemble import Ensemble
 
 log = logging.getLogger(__name__)
 
@@ -92,29 +95,35 @@ def open_graph(session: Session) -> GraphStore:
 
 
 def teach_fingerprint(session: Session) -> str:
-    """Of the teacher; reads the checkpoint where the configuration names one."""
+    """Of the teacher, or of several; reads the checkpoint where the configuration names one."""
     config = session.config
+    if config.teachers:
+        return fp.of_several({view.config.teacher.name: teach_fingerprint(view) for view in session.views()})
     if config.teacher.checkpoint is None:
         return fp.trained_teacher_fingerprint(config)
     return session.once("teacher", lambda: fp.given_teacher_fingerprint(config, _state_digest(_checkpoint(session))))
 
 
 def teach_done(session: Session) -> bool:
-    """Whether the teacher's folder holds that teacher."""
-    return model_fingerprint(session.teacher) == teach_fingerprint(session)
+    """Whether each teacher's folder holds that teacher."""
+    return all(model_fingerprint(view.teacher) == teach_fingerprint(view) for view in session.views())
 
 
 def teach(session: Session) -> None:
-    """Trains the teacher in this process, or takes over a checkpoint."""
-    if session.config.teacher.checkpoint is None:
-        _train_teacher(session)
-    else:
-        _adopt_teacher(session)
+    """Trains each teacher that is not done in this process, or takes over its checkpoint."""
+    for view in session.views():
+        if view is not session and teach_done(view):
+            continue
+        if view.config.teacher.checkpoint is None:
+            _train_teacher(view)
+        else:
+            _adopt_teacher(view)
 
 
 def teach_discard(session: Session) -> None:
-    """Takes the teacher and its checkpoints away."""
-    _discard_model(session.teacher)
+    """Takes all teachers and their checkpoints away."""
+    for view in session.views():
+        _discard_model(view.teacher)
 
 
 def _discard_model(folder: Storage) -> None:
@@ -161,7 +170,7 @@ def _train_teacher(session: Session) -> None:
 
     config = session.config
     task = TrainTask(
-        "teacher",
+        session.teacher_label,
         session.teacher,
         open_graph(session),
         None,
@@ -173,8 +182,13 @@ def _train_teacher(session: Session) -> None:
         teach_fingerprint(session),
         config.teacher.features,
     )
-    with session.progress.task("teach", total=config.teacher.train.epochs) as bar:
+    with session.progress.task(f"teach{_of_which(session)}", total=config.teacher.train.epochs) as bar:
         train_inline(session.run, task, _follow(bar))
+
+
+def _of_which(session: Session) -> str:
+    """Which of several teachers, for people."""
+    return "" if session.is_whole else f" {session.config.teacher.name}"
 
 
 def model_fingerprint(folder: Storage) -> str | None:
@@ -205,11 +219,13 @@ def _follow(bar: Any) -> Any:
 
 
 def infer_fingerprint(session: Session) -> str:
-    """Of the teacher's knowledge; needs the graph store and the teacher."""
+    """Of the teacher's knowledge, or of that of several; needs the graph store and the teachers."""
     return session.once("knowledge", lambda: _infer_fingerprint(session))
 
 
 def _infer_fingerprint(session: Session) -> str:
+    if session.config.teachers:
+        return fp.of_several({view.config.teacher.name: infer_fingerprint(view) for view in session.views()})
     graph = open_graph(session)
     document = read_model_document(session.teacher)
     scores, embeddings = plan_knowledge(session.config, graph.manifest.meta)
@@ -224,12 +240,16 @@ def _infer_fingerprint(session: Session) -> str:
 
 
 def knowledge_folder(session: Session) -> Storage:
-    """Folder of the configured teacher's knowledge."""
+    """Folder of the knowledge of a single teacher; of several, each view of the session has its own."""
     return session.knowledge.child(layout.knowledge(session.config.teacher.name, infer_fingerprint(session)))
 
 
 def infer_done(session: Session) -> bool:
     """Whether the knowledge is complete; `DataError` where it is too coarse for a width that has changed since."""
+    return all(_knows(view) for view in session.views())
+
+
+def _knows(session: Session) -> bool:
     folder = knowledge_folder(session)
     if manifest_fingerprint(folder, "knowledge") != infer_fingerprint(session):
         return False
@@ -258,6 +278,11 @@ def infer_wants(session: Session) -> Any:
 
 def infer_discard(session: Session) -> None:
     """Takes this knowledge away, and what a half-finished inference left."""
+    for view in session.views():
+        _discard_knowledge(view)
+
+
+def _discard_knowledge(session: Session) -> None:
     try:
         folder = knowledge_folder(session)
     except NewerSchemaError:
@@ -269,13 +294,19 @@ def infer_discard(session: Session) -> None:
 
 
 def infer(session: Session) -> None:
-    """Runs the teacher over every node and stores what the losses need."""
+    """Runs each teacher that is not done over every node and stores what the losses need."""
+    for view in session.views():
+        if view is session or not _knows(view):
+            _infer_one(view)
+
+
+def _infer_one(session: Session) -> None:
     from gkd_dist.infer.run import infer_nodes
 
     graph = open_graph(session)
     check_losses(session.config, graph)  # before the teacher's work, which would be for nothing
     say_knowledge(session.config, graph.manifest.meta)
-    with task_progress(session, "infer") as progress:
+    with task_progress(session, f"infer{_of_which(session)}") as progress:
         infer_nodes(
             session.teacher,
             graph,
@@ -337,8 +368,8 @@ def student_tasks(session: Session) -> tuple[Any, ...]:
     from gkd_dist.distill.trainer import TrainTask
 
     config, graph = session.config, open_graph(session)
-    storage = knowledge_folder(session)
-    knowledge = (storage, Manifest.load(storage, "knowledge", infer_fingerprint(session)))
+    knowledge = open_knowledge(session)
+    depths = {teacher.name: teacher.model.layers for teacher in config.teachers} or config.teacher.model.layers
     label = tuple(loss for loss in config.losses if isinstance(loss, LabelLoss)) or (LabelLoss(kind="label"),)
     return tuple(
         TrainTask(
@@ -347,15 +378,28 @@ def student_tasks(session: Session) -> tuple[Any, ...]:
             graph,
             knowledge if name == "distilled" else None,
             config.student.model,
-            config.losses if name == "distilled" else label,
+            config.student_losses() if name == "distilled" else label,
             config.distill,
-            config.teacher.model.layers,
+            depths,
             config.seed,
             fingerprint,
             config.student.features,
         )
         for name, fingerprint in student_fingerprints(session).items()
     )
+
+
+def open_knowledge(session: Session) -> tuple[Storage, Manifest] | Ensemble:
+    """What the teacher knows, or what several do; `ManifestError` names the stage that makes it."""
+    from gkd_dist.stream.ensemble import Ensemble
+
+    stored = {view.config.teacher.name: _open_one(view) for view in session.views()}
+    return Ensemble(stored) if session.config.teachers else next(iter(stored.values()))
+
+
+def _open_one(session: Session) -> tuple[Storage, Manifest]:
+    storage = knowledge_folder(session)
+    return storage, Manifest.load(storage, "knowledge", infer_fingerprint(session))
 
 
 def distill(session: Session) -> None:

@@ -53,7 +53,8 @@ def verify_run(
     result = Verification()
     for kind, storage in stores_of(session):
         _verify_manifest(result, kind, storage, orphans, prune)
-    for folder in (session.teacher, *(session.student(name) for name in ("distilled", "alone"))):
+    teachers = [view.teacher for view in session.views()]
+    for folder in (*teachers, *(session.student(name) for name in ("distilled", "alone"))):
         _verify_model(result, folder)
     if not result.checked:
         raise ManifestError(f"nothing is stored at {session.run.url} yet; run `gkd run` first, or correct the path")
@@ -66,9 +67,10 @@ def _recompute(result: Verification, session: Session, num_parts: int, seed: int
     if result.problems:
         result.problems.append("nothing was recomputed: repair what is above first")
         return
-    url, verdicts = recompute_sample(session, num_parts, seed)
-    result.recomputed = [verdict.to_json() for verdict in verdicts]
-    result.problems += [f"{url}: {verdict}" for verdict in verdicts if verdict.verdict == DIFFERS]
+    for view in session.views():
+        url, verdicts = recompute_sample(view, num_parts, seed)
+        result.recomputed += [verdict.to_json() for verdict in verdicts]
+        result.problems += [f"{url}: {verdict}" for verdict in verdicts if verdict.verdict == DIFFERS]
 
 
 def stores_of(session: Session) -> list[tuple[str, Storage]]:

@@ -50,6 +50,7 @@ class KdLoss(LossConfig):
     kind: Literal["kd"]
     temperature: PositiveFloat = 1.0
     nodes: Literal["all", "train", "unlabelled"] = Field("all", description="which nodes the student imitates")
+    teacher: str | None = Field(None, description="which of several teachers; null: the mean of all")
 
 
 KERNEL_METRICS = {
@@ -76,6 +77,7 @@ class LspLoss(LossConfig):
     direction: Literal["student||teacher", "teacher||student"] = "student||teacher"
     reduction: Literal["nodes", "edges"] = "nodes"
     self_loops: bool = False
+    teacher: str | None = Field(None, description="which of several teachers; null: all, the mean of their losses")
     teacher_layer: Integer = -2
     student_layer: Integer = -2
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
 from gkd_dist.config.base import Integer, Section, unknown_name
 from gkd_dist.config.graph import GraphConfig, PartitionConfig
-from gkd_dist.config.losses import Loss, LspLoss
+from gkd_dist.config.losses import KdLoss, LabelLoss, Loss, LspLoss
 from gkd_dist.config.models import resolve_layer
 from gkd_dist.config.stores import RayConfig, StorageConfig, Stores
 from gkd_dist.config.training import DistillConfig, InferConfig, StudentConfig, TeacherConfig
@@ -23,16 +25,28 @@ class Config(Section):
     graph: GraphConfig
     partition: PartitionConfig = PartitionConfig()
     teacher: TeacherConfig
+    teachers: tuple[TeacherConfig, ...] = Field((), description="several teachers, in place of teacher")
     infer: InferConfig = InferConfig()
     student: StudentConfig
     losses: tuple[Loss, ...] = Field(min_length=1)
     distill: DistillConfig = DistillConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_teacher(cls, data: Any) -> Any:
+        """``teacher`` is the first of ``teachers`` where these are given, so that what asks for one finds it."""
+        if isinstance(data, dict) and isinstance(data.get("teachers"), list | tuple) and data["teachers"]:
+            return {"teacher": data["teachers"][0], **data}
+        return data
+
     @model_validator(mode="after")
     def _check(self) -> Config:
+        self._check_teachers()
         for index, loss in enumerate(self.losses):
             if isinstance(loss, LspLoss):
-                for side, model in (("teacher", self.teacher.model), ("student", self.student.model)):
+                readers = [teacher for teacher in self.all_teachers() if loss.teacher in (None, teacher.name)]
+                sides = [("teacher", teacher.model) for teacher in readers]
+                for side, model in [*sides, ("student", self.student.model)]:
                     layer = getattr(loss, f"{side}_layer")
                     try:
                         resolve_layer(layer, model.layers)
@@ -56,18 +70,67 @@ class Config(Section):
             )
         return self
 
+    def _check_teachers(self) -> None:
+        names = [teacher.name for teacher in self.all_teachers()]
+        if len(self.teachers) == 1 or (self.teachers and self.teacher != self.teachers[0]):
+            raise ValueError("teachers: give either teacher, or two or more under teachers")
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers: every one needs a name of its own (got {', '.join(names)})")
+        for index, loss in enumerate(self.losses):
+            if not isinstance(loss, LabelLoss) and loss.teacher is not None and loss.teacher not in names:
+                raise ValueError(f"losses.{index}.teacher: {unknown_name(loss.teacher, names, 'the run')}")
+        if (
+            self.teachers
+            and self.infer.logits != "all"
+            and any(isinstance(loss, KdLoss) and loss.teacher is None for loss in self.losses)
+        ):
+            raise ValueError(
+                f"infer.logits is {self.infer.logits}, but a kd loss reads the mean logits of several teachers; "
+                "set infer.logits=all, or name a teacher in every kd loss"
+            )
+
+    def all_teachers(self) -> tuple[TeacherConfig, ...]:
+        """Every teacher of the run, one or several."""
+        return self.teachers or (self.teacher,)
+
+    def view_of(self, teacher: TeacherConfig) -> Config:
+        """The run as a single teacher sees it: it alone, the losses that read it, the graph of the whole run."""
+        losses = tuple(
+            loss if isinstance(loss, LabelLoss) else loss.model_copy(update={"teacher": None})
+            for loss in self.losses
+            if isinstance(loss, LabelLoss) or loss.teacher in (None, teacher.name)
+        )
+        partition = self.partition.model_copy(update={"halo_hops": self.halo_hops()})
+        return self.model_copy(update={"teacher": teacher, "teachers": (), "losses": losses, "partition": partition})
+
+    def student_losses(self) -> tuple[Loss, ...]:
+        """The losses of the student; of several teachers, a structure loss against each, with a share of the weight."""
+        if not self.teachers:
+            return self.view_of(self.teacher).losses
+        found: list[Loss] = []
+        for loss in self.losses:
+            if isinstance(loss, LspLoss) and loss.teacher is None:
+                share = loss.weight / len(self.teachers)
+                found += [loss.model_copy(update={"teacher": t.name, "weight": share}) for t in self.teachers]
+            else:
+                found.append(loss)
+        return tuple(found)
+
     def _in_memory(self) -> str | None:
         """What has a ``memory:`` URL, which other processes cannot see."""
         urls = {
             "run": self.run,
             "graph store (stores.graph)": self.stores.graph,
             "knowledge store (stores.knowledge)": self.stores.knowledge,
-            "checkpoint (teacher.checkpoint)": self.teacher.checkpoint,
+            **{f"checkpoint of {teacher.name}": teacher.checkpoint for teacher in self.all_teachers()},
         }
+        if not self.teachers:
+            urls["checkpoint (teacher.checkpoint)"] = urls.pop(f"checkpoint of {self.teacher.name}")
         return next((what for what, url in urls.items() if url and url.lower().startswith("memory:")), None)
 
     def _check_features(self) -> None:
-        for section, name in (("teacher", self.teacher.features), ("student", self.student.features)):
+        teachers = [("teacher", teacher.features) for teacher in self.all_teachers()]
+        for section, name in [*teachers, ("student", self.student.features)]:
             if name is not None and name not in self.graph.features:
                 raise ValueError(f"{section}.features: {unknown_name(name, self.graph.features, 'graph.features')}")
 
@@ -88,8 +151,9 @@ class Config(Section):
             if isinstance(loss, LspLoss):
                 layer = resolve_layer(loss.student_layer, self.student.model.layers)
                 hops = max(hops, 1 + (layer if self.student.model.kind != "mlp" else 0))
-        if self.teacher.checkpoint is None and self.teacher.model.kind != "mlp":
-            hops = max(hops, self.teacher.model.layers)
+        for teacher in self.all_teachers():
+            if teacher.checkpoint is None and teacher.model.kind != "mlp":
+                hops = max(hops, teacher.model.layers)
         return max(1, hops)
 
     def halo_hops(self) -> int:

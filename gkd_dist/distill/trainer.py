@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -26,11 +26,13 @@ from gkd_dist.distill.validation import Metrics, measure_medians, validate
 from gkd_dist.errors import ModelError, NewerModelError, StudentError
 from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.objective import Objective
+from gkd_dist.losses.terms import ScoreKey, score_key
 from gkd_dist.models.build import build_model, resolve_model
 from gkd_dist.models.io import ModelSpec, read_model_document, save_model
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
+from gkd_dist.stream.ensemble import Ensemble
 from gkd_dist.stream.knowledge import Wants
 from gkd_dist.stream.order import Position, StreamPlan, micro_steps, plan_units
 from gkd_dist.stream.prefetch import Prefetcher
@@ -74,11 +76,11 @@ class TrainTask:
     name: str
     output: Storage  # folder of the model: model.json, model.safetensors, checkpoints/
     graph: GraphStore
-    knowledge: tuple[Storage, Manifest] | None
+    knowledge: tuple[Storage, Manifest] | Ensemble | None
     model: ModelConfig
     losses: tuple[Loss, ...]
     train: TrainConfig
-    teacher_layers: int
+    teacher_layers: int | Mapping[str, int]  # of several teachers by name
     seed: int
     fingerprint: str
     features: str | None = None  # named features of the graph that the model reads, None: ``x``
@@ -99,24 +101,39 @@ class TrainSummary:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def teacher_wants(losses: tuple[Loss, ...], teacher_layers: int) -> Wants:
-    """What the terms read of the teacher."""
-    lsp = [loss for loss in losses if isinstance(loss, LspLoss)]
-    scores = {(resolve_layer(loss.teacher_layer, teacher_layers), loss.metric) for loss in lsp}
-    temperatures = {loss.temperature for loss in losses if isinstance(loss, KdLoss)}
-    return Wants.of(bool(temperatures), scores, temperatures)
+def teacher_wants(losses: tuple[Loss, ...], teacher_layers: int | Mapping[str, int]) -> Wants:
+    """What the terms read of the teacher, or of several."""
+    depth = lambda name: teacher_layers if isinstance(teacher_layers, int) else teacher_layers[str(name)]  # noqa: E731
+    scores = {
+        score_key(resolve_layer(loss.teacher_layer, depth(loss.teacher)), loss.metric, loss.teacher)
+        for loss in losses
+        if isinstance(loss, LspLoss)
+    }
+    kd = [loss for loss in losses if isinstance(loss, KdLoss)]
+    named = {loss.teacher for loss in kd if loss.teacher is not None}
+    return Wants.of(any(loss.teacher is None for loss in kd), scores, {loss.temperature for loss in kd}, named)
 
 
 def build_objective(task: TrainTask) -> Objective:
     """The terms of a task with the teacher's medians filled in."""
-    medians = {}
-    if task.knowledge is not None:
-        for key, value in task.knowledge[1].meta.get("scores", {}).items():
-            layer, _, metric = key.partition(".")
-            if value["median"] is not None:  # a graph without edges has none
-                medians[int(layer), metric] = float(value["median"])
+    medians: dict[ScoreKey, float] = {}
+    if isinstance(task.knowledge, Ensemble):
+        for name, (_, manifest) in task.knowledge.stores.items():
+            medians |= medians_of(manifest, name)
+    elif task.knowledge is not None:
+        medians = medians_of(task.knowledge[1], None)
     meta = task.graph.manifest.meta
     return Objective(task.losses, meta["task"], task.teacher_layers, task.model.layers, medians)
+
+
+def medians_of(manifest: Manifest, teacher: str | None) -> dict[ScoreKey, float]:
+    """Median raw scores that a knowledge manifest states."""
+    medians = {}
+    for key, value in manifest.meta.get("scores", {}).items():
+        layer, _, metric = key.partition(".")
+        if value["median"] is not None:  # a graph without edges has none
+            medians[score_key(int(layer), metric, teacher)] = float(value["median"])
+    return medians
 
 
 def agree_on_checkpoint(task: TrainTask, world: World) -> TrainState:

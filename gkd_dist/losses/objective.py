@@ -19,7 +19,7 @@ from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.bounds import term_names
 from gkd_dist.losses.median import NUM_KEYS, median_of_histogram
 from gkd_dist.losses.precision import at_least_fp32
-from gkd_dist.losses.terms import KdTerm, LabelTerm, LspTerm, Term
+from gkd_dist.losses.terms import KdTerm, LabelTerm, LspTerm, ScoreKey, Term
 
 INERT = 1e-6  # a gradient this much smaller than that of the labels changes nothing
 
@@ -30,9 +30,10 @@ class Objective:
     Args:
         losses: configured terms; the first of a kind is named after it, others get ``_1``, ``_2``.
         task: multiclass or multilabel.
-        teacher_layers: depth of the teacher, which negative layer numbers count from.
+        teacher_layers: depth of the teacher, which negative layer numbers count from; of several, by name.
         student_layers: depth of the student.
-        teacher_medians: median raw score by (positive teacher layer, metric), for ``sigma: median``.
+        teacher_medians: median raw score by (positive teacher layer, metric), for ``sigma: median``; of several
+            teachers by (layer, metric, name).
 
     Raises `ConfigError` for options that contradict each other, `DataError` for a median that is
     missing or zero, ValueError for a layer that a model does not have.
@@ -42,9 +43,9 @@ class Objective:
         self,
         losses: Sequence[Loss],
         task: Task,
-        teacher_layers: int,
+        teacher_layers: int | Mapping[str, int],
         student_layers: int,
-        teacher_medians: Mapping[tuple[int, str], float],
+        teacher_medians: Mapping[ScoreKey, float],
     ) -> None:
         self._losses = tuple(losses)
         self._terms: list[Term] = []
@@ -54,7 +55,8 @@ class Objective:
             elif isinstance(loss, KdLoss):
                 self._terms.append(KdTerm.of(name, loss, task))
             else:
-                teacher_layer = resolve_layer(loss.teacher_layer, teacher_layers)
+                depth = teacher_layers if isinstance(teacher_layers, int) else teacher_layers[str(loss.teacher)]
+                teacher_layer = resolve_layer(loss.teacher_layer, depth)
                 student_layer = resolve_layer(loss.student_layer, student_layers)
                 self._terms.append(LspTerm.of(name, loss, teacher_layer, student_layer, teacher_medians))
         self._warned: set[str] = set()

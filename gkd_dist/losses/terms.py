@@ -27,6 +27,13 @@ from gkd_dist.losses.neighbours import Neighbours
 from gkd_dist.losses.scores import pattern_scores
 from gkd_dist.topk import TopK
 
+ScoreKey = tuple[int, str] | tuple[int, str, str]
+
+
+def score_key(layer: int, metric: str, teacher: str | None) -> ScoreKey:
+    """What the scores of a teacher's layer are found under; ``teacher`` None where there is one alone."""
+    return (layer, metric) if teacher is None else (layer, metric, teacher)
+
 
 class Term(Protocol):
     """One term: local count and local differentiable sum."""
@@ -71,11 +78,12 @@ class KdTerm:
     task: Task
     temperature: float
     nodes: Literal["all", "train", "unlabelled"]
+    teacher: str | None = None  # None: the only one, or the mean of all
 
     @classmethod
     def of(cls, name: str, config: KdLoss, task: Task) -> KdTerm:
         """From its configuration."""
-        return cls(name, task, config.temperature, config.nodes)
+        return cls(name, task, config.temperature, config.nodes, config.teacher)
 
     def _selected(self, batch: Batch) -> Tensor | None:
         if self.nodes == "all":
@@ -89,7 +97,7 @@ class KdTerm:
 
     def sum(self, batch: Batch, logits: Tensor, layers: Mapping[int, Tensor]) -> Tensor:
         """Divergence summed over them."""
-        teacher = batch.teacher_logits
+        teacher = batch.teacher_logits if self.teacher is None else batch.logits_of.get(self.teacher)
         if teacher is None:
             raise DataError(f"loss {self.name} needs teacher logits, but unit {batch.unit} has none; run `gkd infer`")
         shape = [teacher.num_nodes, teacher.num_classes] if isinstance(teacher, TopK) else list(teacher.shape)
@@ -106,7 +114,7 @@ class LspTerm:
     """Local structure preserving loss between one teacher layer and one student layer.
 
     ``teacher_layer`` and ``student_layer`` are positive numbers. ``student_sigma`` is None while it
-    waits for the median of the student's scores.
+    waits for the median of the student's scores. ``teacher`` names one of several.
     """
 
     name: str
@@ -118,6 +126,7 @@ class LspTerm:
     student_layer: int
     teacher_sigma: float
     student_sigma: float | None
+    teacher: str | None = None
 
     @classmethod
     def of(
@@ -126,7 +135,7 @@ class LspTerm:
         config: LspLoss,
         teacher_layer: int,
         student_layer: int,
-        teacher_medians: Mapping[tuple[int, str], float],
+        teacher_medians: Mapping[ScoreKey, float],
     ) -> LspTerm:
         """From its configuration, layers as positive numbers; raises `ConfigError` or `DataError` for its sigma."""
         kernel = Kernel(config.kernel, config.outer_softmax, config.c, config.degree, config.temperature)
@@ -134,7 +143,7 @@ class LspTerm:
         kernel.check_sigma(config.sigma)
         kernel.check_sigma(teacher_sigma)
         if isinstance(teacher_sigma, str):
-            key = (teacher_layer, kernel.metric)
+            key = score_key(teacher_layer, kernel.metric, config.teacher)
             if key not in teacher_medians:
                 raise DataError(
                     f"loss {name}: the knowledge store has no median of the {kernel.metric} scores of teacher layer "
@@ -151,6 +160,7 @@ class LspTerm:
             student_layer,
             teacher_sigma,
             None if isinstance(config.sigma, str) else config.sigma,
+            config.teacher,
         )
 
     def neighbours(self, batch: Batch) -> Neighbours:
@@ -191,7 +201,7 @@ class LspTerm:
         return pattern_scores(z, neighbours.pattern, self.kernel.metric, rows=neighbours.rows)
 
     def _teacher_scores(self, batch: Batch) -> Tensor:
-        scores = batch.teacher_scores.get((self.teacher_layer, self.kernel.metric))
+        scores = batch.teacher_scores.get(score_key(self.teacher_layer, self.kernel.metric, self.teacher))
         if scores is None:
             raise DataError(
                 f"loss {self.name} needs {self.kernel.metric} scores of teacher layer {self.teacher_layer}, "

@@ -227,6 +227,9 @@ def load_student(
     return read_model(Storage.open(run, storage).child(layout.student(name)), allow_code)[0]
 
 
-def load_teacher(run: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None) -> nn.Module:
-    """The teacher of the run at URL ``run``."""
-    return read_model(Storage.open(run, storage).child(layout.TEACHER), allow_code)[0]
+def load_teacher(
+    run: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None, *, name: str | None = None
+) -> nn.Module:
+    """The teacher of the run at URL ``run``; ``name`` says which where there are several."""
+    folder = layout.TEACHER if name is None else layout.one_teacher(name)
+    return read_model(Storage.open(run, storage).child(folder), allow_code)[0]

@@ -27,6 +27,7 @@ KIND = "knowledge"
 OFFSET, SCALE = ".offset", ".scale"
 LOGITS, TOP, INDEX, TAIL = "logits", "logits.topk", "logits.index", "logits.tail"
 Score = tuple[int, str]  # (teacher layer from 1, metric)
+ScoreKey = Score | tuple[int, str, str]  # with the name of the teacher, where there are several
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,30 @@ class Wants:
     """What the losses need to know of the teacher: its logits, and raw scores by (layer, metric).
 
     ``temperatures`` are those that the logits are used at, which matters where only the largest are stored.
+    Where there are several teachers, ``logits`` is their mean, ``logits_of`` names those whose own are
+    read, and scores carry the name of their teacher.
     """
 
     logits: bool = False
-    scores: frozenset[Score] = frozenset()
+    scores: frozenset[ScoreKey] = frozenset()
     temperatures: frozenset[float] = frozenset()
+    logits_of: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, logits: bool = False, scores: Iterable[Score] = (), temperatures: Iterable[float] = ()) -> Wants:
+    def of(
+        cls,
+        logits: bool = False,
+        scores: Iterable[ScoreKey] = (),
+        temperatures: Iterable[float] = (),
+        logits_of: Iterable[str] = (),
+    ) -> Wants:
         """The same from any iterables."""
-        return cls(logits, frozenset(scores), frozenset(temperatures))
+        return cls(logits, frozenset(scores), frozenset(temperatures), frozenset(logits_of))
 
     def __bool__(self) -> bool:
-        return self.logits or bool(self.scores)
+        return self.logits or bool(self.scores) or bool(self.logits_of)
 
-    def sorted_scores(self) -> list[Score]:
+    def sorted_scores(self) -> list[ScoreKey]:
         """Scores in the order in which they are read."""
         return sorted(self.scores)
 
@@ -61,6 +71,11 @@ class KnowledgeStore(NamedTuple):
 
     storage: Storage
     manifest: Manifest
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.storage.url
 
     def check(self, graph: Manifest, wants: Wants) -> None:
         """Raises ManifestError unless this is knowledge about ``graph`` and holds what is wanted."""
@@ -78,12 +93,12 @@ class KnowledgeStore(NamedTuple):
 
     def part(
         self, index: int, graph_part: dict[str, Tensor], wants: Wants
-    ) -> tuple[Tensor | TopK | None, dict[Score, Tensor]]:
+    ) -> tuple[Tensor | TopK | None, dict[ScoreKey, Tensor]]:
         """Logits float32 [num_owned, c], or their `TopK`, and scores float32 [num_owned_edges] of part ``index``."""
         values = self.values(index, graph_part, self._names(self.manifest.parts[index], wants))
-        scores: dict[Score, Tensor] = {}
+        scores: dict[ScoreKey, Tensor] = {}
         inner: LocalGraph | None = None
-        for layer, metric in wants.sorted_scores():
+        for layer, metric, *_ in wants.sorted_scores():
             if score_name(layer, metric) in values:
                 scores[layer, metric] = values[score_name(layer, metric)]
                 continue
@@ -120,7 +135,7 @@ class KnowledgeStore(NamedTuple):
         names = set()
         if wants.logits:
             names = {TOP, INDEX, *(stored & {TAIL})} if TOP in stored else {LOGITS}
-        for layer, metric in wants.sorted_scores():
+        for layer, metric, *_ in wants.sorted_scores():
             score, embeddings = score_name(layer, metric), embedding_name(layer)
             if not stored & {score, embeddings}:
                 self._missing(f"neither {score} nor {embeddings}", stored)

@@ -22,9 +22,10 @@ from gkd_dist.partition.store import GraphStore, feature_tensors, features, loca
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.sparse import CsrPattern
 from gkd_dist.storage import Storage
-from gkd_dist.stream.knowledge import NOTHING, KnowledgeStore, Score, Wants
+from gkd_dist.stream.ensemble import Ensemble, Taught
+from gkd_dist.stream.knowledge import NOTHING, KnowledgeStore, Wants
 from gkd_dist.stream.merge import LocalPart, merge_edges, merge_nodes
-from gkd_dist.topk import TopK, concatenate
+from gkd_dist.topk import concatenate
 
 EMPTY_UNIT = -1  # `Batch.unit` of an empty batch
 _OWNED = ("y", *(f"{split}_mask" for split in SPLITS))
@@ -48,7 +49,7 @@ class UnitLoader:
     def __init__(
         self,
         graph: GraphStore,
-        knowledge: tuple[Storage, Manifest] | None,
+        knowledge: tuple[Storage, Manifest] | Ensemble | None,
         units: Sequence[tuple[int, ...]],
         wants: Wants = NOTHING,
         hops: int | None = None,
@@ -59,7 +60,9 @@ class UnitLoader:
         self.units = [tuple(sorted(unit)) for unit in units]
         self.wants = wants
         self.hops = _check_hops(graph.manifest, hops)
-        self.knowledge = None if knowledge is None or not wants else KnowledgeStore(*knowledge)
+        self.knowledge: KnowledgeStore | Ensemble | None = None
+        if knowledge is not None and wants:
+            self.knowledge = knowledge if isinstance(knowledge, Ensemble) else KnowledgeStore(*knowledge)
         absent = sorted({part for unit in self.units for part in unit} - set(range(graph.num_parts)))
         if absent:
             raise GraphError(
@@ -85,7 +88,7 @@ class UnitLoader:
             return self.empty()
         parts = [self._part(part) for part in self.units[unit]]
         graph, n_id, x = self._nodes_and_edges(parts)
-        logits, scores = self._teacher(parts)
+        taught = self._teacher(parts)
         return Batch(
             unit,
             graph,
@@ -93,8 +96,9 @@ class UnitLoader:
             **{name: torch.cat([part.tensors[name] for part in parts]) for name in _OWNED},
             n_id=n_id,
             num_owned=sum(part.num_owned for part in parts),
-            teacher_logits=logits,
-            teacher_scores=scores,
+            teacher_logits=taught.logits,
+            teacher_scores=taught.scores,
+            logits_of=taught.logits_of,
         )
 
     def empty(self) -> Batch:
@@ -125,7 +129,11 @@ class UnitLoader:
 
     def _logit_bytes(self, classes: int) -> int:
         """Of the teacher's logits, per owned node."""
-        if self.knowledge is None or not self.wants.logits:
+        if self.knowledge is None:
+            return 0
+        if isinstance(self.knowledge, Ensemble):
+            return 4 * classes * (self.wants.logits + len(self.wants.logits_of))
+        if not self.wants.logits:
             return 0
         topk = self.knowledge.manifest.meta.get("topk")
         return 4 * classes if topk is None else 8 * topk["k"] + 4 * len(topk["temperatures"])
@@ -153,13 +161,22 @@ class UnitLoader:
         )
         return graph, part.tensors["n_id"][: part.num_nodes].clone(), self._x(part)
 
-    def _teacher(self, parts: list[LocalPart]) -> tuple[Tensor | TopK | None, dict[Score, Tensor]]:
+    def _teacher(self, parts: list[LocalPart]) -> Taught:
         """Logits and scores of the owned nodes and their in-edges, part after part."""
         if self.knowledge is None:
-            return None, {}
-        known = [self.knowledge.part(part.index, part.tensors, self.wants) for part in parts]
-        logits = concatenate([logits for logits, _ in known if logits is not None]) if self.wants.logits else None
-        return logits, {key: torch.cat([scores[key] for _, scores in known]) for key in self.wants.sorted_scores()}
+            return Taught(None, {}, {})
+        known = [self._taught(part) for part in parts]
+        logits = concatenate([one.logits for one in known if one.logits is not None]) if self.wants.logits else None
+        scores = {key: torch.cat([one.scores[key] for one in known]) for key in self.wants.sorted_scores()}
+        return Taught(
+            logits, scores, {name: concatenate([one.logits_of[name] for one in known]) for name in self.wants.logits_of}
+        )
+
+    def _taught(self, part: LocalPart) -> Taught:
+        if isinstance(self.knowledge, Ensemble):
+            return self.knowledge.part(part.index, part.tensors, self.wants)
+        assert self.knowledge is not None
+        return Taught(*self.knowledge.part(part.index, part.tensors, self.wants), {})
 
     def _x(self, part: LocalPart) -> Tensor:
         """Features of the nodes in use, float32 [num_nodes, f]."""
@@ -211,4 +228,5 @@ def empty_batch(
         num_owned=0,
         teacher_logits=torch.empty(0, num_classes) if wants.logits else None,
         teacher_scores={key: none for key in wants.sorted_scores()},
+        logits_of={name: torch.empty(0, num_classes) for name in wants.logits_of},
     )
