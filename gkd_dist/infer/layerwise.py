@@ -22,22 +22,11 @@ from gkd_dist.graph import LocalGraph
 from gkd_dist.losses.scores import Metric, pattern_scores
 from gkd_dist.models.build import run_model
 from gkd_dist.models.layered import Layers, as_layers, checked_layer
-from gkd_dist.partition.store import feature_tensors, features, local_graph
+from gkd_dist.partition.store import local_graph
 from gkd_dist.sparse import CsrPattern
 
-FEATURES = feature_tensors(None)
-STRUCTURE = (
-    "n_id",
-    "in_degree",
-    "has_self_loop",
-    "indptr",
-    "indices",
-    "t_indptr",
-    "t_perm",
-    "edge_weight",
-    "edge_attr",
-    "halo_owner",
-)
+FORWARD = ("n_id", "in_degree", "has_self_loop", "indptr", "indices", "edge_weight", "edge_attr", "halo_owner")
+STRUCTURE = (*FORWARD, "t_indptr", "t_perm")
 SENDS = ("send_part", "send_ptr", "send_rows")
 
 
@@ -62,14 +51,6 @@ def with_rows(graph: LocalGraph, num_rows: int) -> LocalGraph:
     pattern = CsrPattern.forward_only(indptr, graph.pattern.indices[:num_edges])
     cut = lambda values: None if values is None else values[:num_edges]  # noqa: E731
     return replace(graph, pattern=pattern, edge_weight=cut(graph.edge_weight), edge_attr=cut(graph.edge_attr))
-
-
-def first_input(
-    part: Mapping[str, Tensor], counts: Mapping[str, int], num_features: int, names: tuple[str, str] = FEATURES
-) -> Tensor:
-    """Features of owned and first-hop halo nodes, float32 [n, f]; ``names`` of their tensors."""
-    owned, halo = (features(dict(part), name, num_features) for name in names)
-    return torch.cat([owned, halo[: counts["num_halo_1"]]])
 
 
 def halo_sources(part: Mapping[str, Tensor], counts: Mapping[str, int]) -> list[int]:
@@ -98,11 +79,6 @@ def compute_readout(layers: Layers, outputs: dict[int, Tensor]) -> Tensor:
     """Logits [o, c] from the outputs of the layers that ``layers`` reads them out of."""
     with torch.inference_mode():
         return layers.readout(outputs).float()
-
-
-def khop_input(part: Mapping[str, Tensor], num_features: int, names: tuple[str, str] = FEATURES) -> Tensor:
-    """Features of the part's nodes with its whole halo, float32 [n, f]; ``names`` of their tensors."""
-    return torch.cat([features(dict(part), name, num_features) for name in names])
 
 
 def khop_graph(part: Mapping[str, Tensor]) -> LocalGraph:

@@ -32,9 +32,9 @@ from gkd_dist.infer.taps import owned_rows, recording
 from gkd_dist.infer.tiles import tiles
 from gkd_dist.models.io import read_model, read_model_document
 from gkd_dist.models.layered import as_layers
-from gkd_dist.partition.store import GraphStore, feature_tensors
+from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import ObjectEntry
-from gkd_dist.shards.reader import read_shard
+from gkd_dist.shards.reader import read_rows, read_shard
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
 
@@ -172,8 +172,6 @@ class _Work:
         self.request, self.model, self.store, self.device = request, model, store, device
         self.job, self.task = request.job, request.task
         self.counts = store.manifest.parts[self.task.part].counts
-        self.features = feature_tensors(self.job.features)
-        self.num_features = store.num_features_of(self.job.features)
         self._readers = readers
         self._compute_s = 0.0
 
@@ -194,7 +192,7 @@ class _Work:
     def _make_layer(self) -> Callable[[], Result]:
         """Computes one layer of the owned nodes; returns what writes it."""
         layer, sends = self.task.layer, self.task.layer in self.job.sends
-        part = self._part(*(layerwise.SENDS if sends else ()), *(self.features if layer == 1 else ()))
+        part = self._part(*(layerwise.SENDS if sends else ()))
         z, tapped = self._compute_layer(layer, self._below(layer, part), layerwise.one_hop_graph(part, self.counts))
         layerwise.check_finite({"output": z, **tapped}, str(self.task))
         tensors = layerwise.layer_tensors(z, part, sends)
@@ -219,7 +217,9 @@ class _Work:
     def _below(self, layer: int, part: dict[str, Tensor]) -> Tensor:
         """What ``layer`` reads of owned and first-hop halo nodes: features, or the layer below it."""
         if layer == 1:
-            return layerwise.first_input(part, self.counts, self.num_features, self.features)
+            return self.store.inputs(self.task.part, self.job.features)[
+                : self.counts["num_owned"] + self.counts["num_halo_1"]
+            ]
         return self._owned_and_halo(layer - 1, part)
 
     def _taps(self, layer: int) -> list[str]:
@@ -228,7 +228,7 @@ class _Work:
     def _make_knowledge(self) -> Callable[[], Result]:
         """Gathers what is kept of the part; returns what writes it."""
         wants = self.job.wants
-        part = self._part(*(() if self.job.stored else self.features))
+        part = self._part()
         outputs = {layer: self._owned_and_halo(layer, part) for layer in wants.layers}
         tensors = {embedding_name(layer): outputs[layer] for layer in sorted(wants.embeddings)}
         tensors |= self._last_layer(part, outputs)
@@ -273,7 +273,7 @@ class _Work:
         return {LOGITS: logits, **found} if self.job.wants.logits else found
 
     def _run_whole(self, part: dict[str, Tensor], taps: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.device.upload(layerwise.khop_input(part, self.num_features, self.features))
+        x = self.device.upload(self.store.inputs(self.task.part, self.job.features))
         graph = self.device.upload_graph(layerwise.khop_graph(part))
         with self._computing(), recording(self.model, taps) as recorded:
             logits = layerwise.compute_khop(self.model, x, graph, self.counts["num_owned"])
@@ -308,22 +308,34 @@ class _Work:
         return scores, graph
 
     def _part(self, *names: str) -> dict[str, Tensor]:
-        return self.store.part(self.task.part, [*layerwise.STRUCTURE, *names])
+        """Structure of the part, with its transpose where the model runs on the whole of it, and ``names``."""
+        structure = layerwise.FORWARD if self.job.depth else layerwise.STRUCTURE
+        return self.store.part(self.task.part, [*structure, *names])
 
     def _owned_and_halo(self, layer: int, part: dict[str, Tensor]) -> Tensor:
         """Stored output of ``layer`` on owned and first-hop halo nodes, [n, d_layer]."""
         sources = layerwise.halo_sources(part, self.counts)
         copies = layerwise.copy_name(self.task.part)
         reads = [(Task(layer, self.task.part), "owned"), *((Task(layer, source), copies) for source in sources)]
-        blocks = list(self._readers.map(lambda read: self._read(*read), reads))
-        rows = torch.cat(blocks)
-        expected = self.counts["num_owned"] + self.counts["num_halo_1"]
-        if rows.size(0) != expected:
+        shapes = [self._shape(*read) for read in reads]
+        found, expected = sum(shape[0] for shape in shapes), self.counts["num_owned"] + self.counts["num_halo_1"]
+        if found != expected:
             raise ManifestError(
-                f"layer {layer} has {rows.size(0)} rows for part {self.task.part} and its halo, expected {expected}: "
+                f"layer {layer} has {found} rows for part {self.task.part} and its halo, expected {expected}: "
                 f"the layer outputs are of another cut; delete {self.job.tmp.url} and run again"
             )
+        rows = torch.empty(expected, *shapes[0][1:])
+        blocks = rows.split([shape[0] for shape in shapes])
+        list(self._readers.map(self._read_block, reads, blocks))
         return rows
+
+    def _shape(self, of: Task, name: str) -> tuple[int, ...]:
+        tensor = self.request.inputs[of].tensor(name)
+        return (0,) if tensor is None else tensor.shape
+
+    def _read_block(self, read: tuple[Task, str], out: Tensor) -> None:
+        of, name = read
+        read_rows(self.job.tmp, self.request.inputs[of], [name], out)
 
     def _read(self, of: Task, name: str) -> Tensor:
         return read_shard(self.job.tmp, self.request.inputs[of], [name])[name]
@@ -339,7 +351,6 @@ class _Work:
 def trim(entry: ObjectEntry, names: Sequence[str]) -> ObjectEntry:
     """``entry`` of a bordering part with the tensors ``names`` alone.
 
-    A request would otherwise grow with the borders of the borders. At least one tensor that is not
-    read must stay, because `read_shard` takes an object whose tensors are all wanted as a whole.
+    A request would otherwise grow with the borders of the borders.
     """
     return replace(entry, tensors=tuple(tensor for tensor in entry.tensors if tensor.name in names))

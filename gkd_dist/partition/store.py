@@ -12,7 +12,7 @@ from torch import Tensor
 from gkd_dist.errors import GraphError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.shards.manifest import Manifest
-from gkd_dist.shards.reader import read_shard
+from gkd_dist.shards.reader import read_rows, read_shard
 from gkd_dist.sparse import CsrPattern, indptr_from_counts, row_index
 from gkd_dist.storage import Storage
 
@@ -79,6 +79,20 @@ class GraphStore:
         stored = [tensor.name for tensor in self.manifest.parts[index].tensors]
         kept = [s for s in stored if not skipped & {s, s.rpartition(".")[0]}]
         return read_shard(self.storage, self.manifest.parts[index], kept)
+
+    def inputs(self, index: int, named: str | None = None) -> Tensor:
+        """Features of a part's nodes with its whole halo, float32 [n, f]; ``named`` as in `num_features_of`.
+
+        Read in place where they are stored dense, without a copy.
+        """
+        entry, names, width = self.manifest.parts[index], feature_tensors(named), self.num_features_of(named)
+        stored = [entry.tensor(name) for name in names]
+        if all(tensor is not None and tensor.dtype == "float32" for tensor in stored):
+            out = torch.empty(entry.counts["num_owned"] + entry.counts["num_halo"], width)
+            read_rows(self.storage, entry, names, out)
+            return out
+        tensors = self.part(index, names)
+        return torch.cat([features(tensors, name, width) for name in names])
 
 
 def feature_tensors(features: str | None) -> tuple[str, str]:

@@ -76,13 +76,16 @@ def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
     ShardError for a dtype that a shard cannot hold.
     """
-    return encode_with_spans(tensors, metadata)[0]
+    return b"".join(encode_pieces(tensors, metadata)[0])
 
 
-def encode_with_spans(
+def encode_pieces(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, tuple[Span, ...]]:
-    """`encode`, and where each tensor lies in the result, in stored order."""
+) -> tuple[list[bytes | memoryview], tuple[Span, ...]]:
+    """The bytes of `encode` as a header and one piece per tensor, without a copy of contiguous ones.
+
+    Also where each tensor lies in the whole, in stored order.
+    """
     if _METADATA in tensors:
         raise ShardError(f"a tensor cannot be called {_METADATA}, which safetensors reserves; use another name")
     for name, tensor in tensors.items():
@@ -105,12 +108,12 @@ def encode_with_spans(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    pieces = [len(text).to_bytes(8, "little"), text, *(_raw(tensors[name]) for name in names)]
+    pieces = [len(text).to_bytes(8, "little") + text, *(_raw(tensors[name]) for name in names)]
     spans = tuple(
         Span(name, tensors[name].dtype, tuple(tensors[name].shape), base + start, base + stop)
         for name, start, stop in zip(names, offsets, offsets[1:], strict=False)
     )
-    return b"".join(pieces), spans
+    return pieces, spans
 
 
 def _raw(tensor: Tensor) -> memoryview | bytes:

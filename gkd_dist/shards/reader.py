@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gkd_dist.errors import ObjectNotFoundError, ShardError
-from gkd_dist.shards.codec import Span, dtype_from_name, read_spans, take
+from gkd_dist.shards.codec import Span, dtype_from_name, dtype_name, read_spans, take
 from gkd_dist.shards.manifest import ObjectEntry, TensorEntry
 from gkd_dist.storage import Storage
 
@@ -37,6 +37,30 @@ def read_shard(storage: Storage, entry: ObjectEntry, names: Sequence[str] | None
     for group in merge_ranges(_pick(storage, entry, names)):
         tensors.update(_read_group(storage, entry, group))
     return {name: tensors[name] for name in names}
+
+
+def read_rows(storage: Storage, entry: ObjectEntry, names: Sequence[str], out: Tensor) -> None:
+    """Reads tensors of an object one below the other into ``out``, contiguous [rows, …]: no second copy is made.
+
+    Each is checked by its crc32; those that follow each other in the object are one request.
+    ShardError as in `read_shard`, and where the tensors do not fill ``out`` exactly.
+    """
+    tensors = _pick(storage, entry, names)
+    rows = [tensor.shape[0] if tensor.shape else -1 for tensor in tensors]
+    expected = [(dtype_name(out.dtype), (count, *out.shape[1:])) for count in rows]
+    if sum(rows) != out.size(0) or [(tensor.dtype, tensor.shape) for tensor in tensors] != expected:
+        found = ", ".join(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}" for tensor in tensors)
+        raise ShardError(
+            f"{storage.describe(entry.key)} has {found}, expected {out.dtype} {list(out.shape)} in all; {_ACTION}"
+        )
+    view, done = out.view(-1).view(torch.uint8).numpy().data, 0
+    while tensors:
+        group = [tensors.pop(0)]
+        while tensors and tensors[0].start == group[-1].stop:
+            group.append(tensors.pop(0))
+        stop = done + group[-1].stop - group[0].start
+        _fill_group(storage, entry, group, view[done:stop])
+        done = stop
 
 
 def merge_ranges(entries: Sequence[TensorEntry], largest_gap: int = _LARGEST_GAP) -> list[list[TensorEntry]]:
@@ -77,6 +101,13 @@ def _read_whole(storage: Storage, entry: ObjectEntry) -> dict[str, Tensor]:
 def _read_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry]) -> dict[str, Tensor]:
     origin, stop = group[0].start, max(tensor.stop for tensor in group)
     view = _room(stop - origin)
+    _fill_group(storage, entry, group, view)
+    return {tensor.name: take(view, _span(tensor), origin) for tensor in group}
+
+
+def _fill_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry], view: memoryview) -> None:
+    """Fills ``view`` from the first byte of ``group`` on, and checks each tensor of it."""
+    origin, stop = group[0].start, group[0].start + len(view)
 
     def read() -> None:
         _check_size(storage, entry, origin + _fill(storage, entry, view, origin), needed=stop)
@@ -85,7 +116,6 @@ def _read_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry]) 
             _check_crc(storage, entry, f"tensor {tensor.name} of ", crc, tensor.crc32)
 
     _read_twice(read)
-    return {tensor.name: take(view, _span(tensor), origin) for tensor in group}
 
 
 def _room(num_bytes: int) -> memoryview:

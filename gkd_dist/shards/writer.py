@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gkd_dist.shards.codec import dtype_name, encode_with_spans
+from gkd_dist.shards.codec import dtype_name, encode_pieces
+from gkd_dist.shards.crc import joined_crc32
 from gkd_dist.shards.manifest import ObjectEntry, TensorEntry
 from gkd_dist.storage import Storage
 
@@ -24,15 +25,19 @@ def write_shard(
     """Stores ``tensors`` as ``<stem>-<first 8 digits of the sha256>.safetensors``.
 
     Returns the entry for the manifest. Writing the same tensors twice gives the same key and the
-    same bytes, so a task may safely be repeated.
+    same bytes, so a task may safely be repeated. Contiguous tensors are written from where they are.
     """
-    data, spans = encode_with_spans(tensors)
-    view, digest = memoryview(data), hashlib.sha256(data).hexdigest()
+    pieces, spans = encode_pieces(tensors)
+    digest, crc, num_bytes = hashlib.sha256(), 0, 0
+    crcs = []
+    for piece in pieces:
+        digest.update(piece)
+        crcs.append(zlib.crc32(piece))
+        crc, num_bytes = joined_crc32(crc, crcs[-1], len(piece)), num_bytes + len(piece)
     entries = tuple(
-        TensorEntry(span.name, dtype_name(span.dtype), span.shape, span.start, span.stop,
-                    zlib.crc32(view[span.start : span.stop]))
-        for span in spans
-    )  # fmt: skip
-    key = f"{stem}-{digest[:8]}.safetensors"
-    storage.write(key, data)
-    return ObjectEntry(key, len(data), zlib.crc32(data), digest, entries, dict(counts or {}), dict(meta or {}))
+        TensorEntry(span.name, dtype_name(span.dtype), span.shape, span.start, span.stop, tensor_crc)
+        for span, tensor_crc in zip(spans, crcs[1:], strict=True)
+    )
+    key = f"{stem}-{digest.hexdigest()[:8]}.safetensors"
+    storage.write(key, pieces)
+    return ObjectEntry(key, num_bytes, crc, digest.hexdigest(), entries, dict(counts or {}), dict(meta or {}))

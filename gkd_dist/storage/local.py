@@ -11,7 +11,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _TEMPORARY = ".gkd-tmp"
@@ -22,6 +22,7 @@ class LocalBackend:
     """Files under absolute paths. Stateless; errors are those of the operating system."""
 
     batch_bytes = 1 << 40  # a file is read in one go
+    takes_pieces = True
 
     def read(self, path: str, start: int, stop: int | None) -> bytes:
         """Bytes ``[start, stop)`` that exist, like a slice."""
@@ -36,8 +37,8 @@ class LocalBackend:
         with open(path, "rb", buffering=0) as file:
             return _fill(file.fileno(), view, start)
 
-    def write(self, path: str, data: bytes | bytearray | memoryview) -> None:
-        """Replaces the file in one step."""
+    def write(self, path: str, data: bytes | bytearray | memoryview | Sequence[bytes | memoryview]) -> None:
+        """Replaces the file in one step; ``data`` may be in pieces."""
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
         temporary = os.path.join(folder, f".{name[:100]}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY}")
@@ -45,9 +46,10 @@ class LocalBackend:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with open(descriptor, "wb", buffering=0) as file:
-                view = memoryview(data).cast("B")
-                while view:
-                    view = view[file.write(view) :]
+                for piece in [data] if isinstance(data, bytes | bytearray | memoryview) else data:
+                    view = memoryview(piece).cast("B")
+                    while view:
+                        view = view[file.write(view) :]
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:

@@ -36,6 +36,7 @@ class RemoteBackend:
     """Objects of one protocol with one set of options; opened at the first use in each process."""
 
     batch_bytes = _CHUNK_BYTES * _CHUNKS_AT_ONCE
+    takes_pieces = False
 
     def __init__(self, protocol: str, options: dict[str, Any], timeout_s: float, native_reads: bool = True) -> None:
         self.protocol = protocol

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
@@ -28,6 +28,7 @@ from gkd_dist.storage.uploads import Upload, send
 
 T = TypeVar("T")
 Data = bytes | bytearray | memoryview
+Pieces = Sequence[bytes | memoryview]
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -35,10 +36,11 @@ class Backend(Protocol):
     """What serves one protocol; paths are absolute, errors foreign and not yet translated."""
 
     batch_bytes: int
+    takes_pieces: bool  # whether `write` takes data in pieces, too
 
     def read(self, path: str, start: int, stop: int | None) -> bytes: ...
     def read_into(self, path: str, view: memoryview, start: int) -> int: ...
-    def write(self, path: str, data: Data) -> None: ...
+    def write(self, path: str, data: Any) -> None: ...
     def begin_upload(self, path: str, num_bytes: int, part_bytes: int) -> Upload | None: ...
     def size(self, path: str) -> int: ...
     def is_file(self, path: str) -> bool: ...
@@ -137,11 +139,19 @@ class Storage:
 
     # --- writing ---
 
-    def write(self, key: str, data: Data) -> None:
-        """Stores the object, replacing the one of that key; readers see the old or the new one."""
+    def write(self, key: str, data: Data | Pieces) -> None:
+        """Stores the object, replacing the one of that key; readers see the old or the new one.
+
+        ``data`` in pieces goes into a file as it is; other stores are sent a copy in one piece.
+        """
         path = self._path(key)
         if path == self.root:
             raise ValueError("an object needs a key (got an empty one)")
+        if not isinstance(data, bytes | bytearray | memoryview):
+            if self._backend.takes_pieces:
+                self._try("write", key, lambda: self._backend.write(path, data))
+                return
+            data = b"".join(data)
         view = memoryview(data).cast("B")
         if len(view) > self.config.upload_part_bytes and self._upload(path, key, view):
             return

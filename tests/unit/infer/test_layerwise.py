@@ -16,8 +16,6 @@ PART = {
     "n_id": torch.tensor([10, 11, 30, 20]),
     "in_degree": torch.tensor([1.0, 1.0, 1.0, 0.0]),
     "has_self_loop": torch.zeros(4, dtype=torch.bool),
-    "x": torch.tensor([[1.0], [2.0]]),
-    "x_halo": torch.tensor([[3.0], [4.0]]),
     "indptr": torch.tensor([0, 1, 2, 3]),
     "indices": torch.tensor([2, 0, 3], dtype=torch.int32),
     "halo_owner": torch.tensor([4, 1], dtype=torch.int32),
@@ -39,15 +37,14 @@ class Sum(nn.Module):
         return 2 * z
 
 
-def test_the_input_is_owned_and_first_hop_features() -> None:
-    assert layerwise.first_input(PART, COUNTS, 1).tolist() == [[1.0], [2.0], [3.0]]
+def test_halo_sources_are_in_the_order_of_the_halo() -> None:
     assert layerwise.halo_sources(PART, COUNTS) == [4]
 
 
 def test_a_layer_sees_first_hop_edges_and_keeps_owned_rows() -> None:
     graph = layerwise.one_hop_graph(PART, COUNTS)
     assert graph.edge_index.tolist() == [[2, 0], [0, 1]]
-    z = layerwise.compute_layer(Sum(), 1, layerwise.first_input(PART, COUNTS, 1), graph)
+    z = layerwise.compute_layer(Sum(), 1, torch.tensor([[1.0], [2.0], [3.0]]), graph)
     assert z.tolist() == [[6.0], [2.0]]
     assert not z.requires_grad
 

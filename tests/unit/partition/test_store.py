@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_sparse_and_dense_features_read_the_same() -> None:
         for name in ("x", "x_halo"):
             torch.testing.assert_close(features(few, name, 40) + 1, features(many, name, 40))
         assert torch.equal(features(few, "x", 40), x[few["n_id"][: few["y"].numel()]])
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_inputs_are_the_features_of_owned_and_halo_nodes(form: str) -> None:
+    graph = make_graph()
+    graph = replace(graph, x=mostly_zeros(graph.num_nodes)) if form == "sparse" else graph
+    store = store_of(graph, f"inputs-{form}", halo_hops=2)
+    for part in range(store.num_parts):
+        tensors = store.part(part)
+        assert ("x" in tensors) == (form == "dense")
+        assert torch.equal(store.inputs(part), graph.x[tensors["n_id"]])
 
 
 @pytest.mark.parametrize("form", ["sparse", "dense"])

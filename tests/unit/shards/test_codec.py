@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gkd_dist.errors import ShardError
-from gkd_dist.shards.codec import decode, encode, encode_with_spans, read_spans
+from gkd_dist.shards.codec import decode, encode, encode_pieces, read_spans
 
 DTYPES = [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64,
           torch.float16, torch.bfloat16, torch.float32, torch.float64]  # fmt: skip
@@ -65,9 +65,18 @@ def test_equal_tensors_give_equal_bytes_whatever_their_order_and_strides() -> No
 
 def test_every_tensor_is_aligned_to_its_elements() -> None:
     tensors = {f"{i}": example(dtype, 3) for i, dtype in enumerate(DTYPES)}
-    _, spans = encode_with_spans(tensors)
+    pieces, spans = encode_pieces(tensors)
     assert all(span.start % span.dtype.itemsize == 0 for span in spans)
     assert spans == read_spans(encode(tensors))
+    assert b"".join(pieces) == encode(tensors)
+    assert [len(piece) for piece in pieces[1:]] == [span.stop - span.start for span in spans]
+
+
+def test_a_piece_is_the_memory_of_its_tensor() -> None:
+    x = torch.zeros(4)
+    pieces, _ = encode_pieces({"x": x})
+    x.fill_(1)
+    assert bytes(pieces[1]) == x.numpy().tobytes()
 
 
 def test_a_bytearray_is_shared_and_bytes_are_copied() -> None:

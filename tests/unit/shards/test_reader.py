@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gkd_dist.errors import ShardError
 from gkd_dist.shards.entries import ObjectEntry, TensorEntry
-from gkd_dist.shards.reader import merge_ranges, read_object, read_shard
+from gkd_dist.shards.reader import merge_ranges, read_object, read_rows, read_shard
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
 
@@ -118,6 +118,59 @@ def test_only_the_named_bytes_are_fetched(store: Storage, monkeypatch: pytest.Mo
     fetched.clear()
     read_shard(store, entry, ["c", "b"])
     assert fetched == [(b.start, 400_012)]
+
+
+def test_rows_are_read_in_place_with_one_request_for_neighbours(
+    store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": torch.rand(4, 3), "b": torch.rand(2, 3), "c": torch.rand(1), "d": torch.rand(5, 3)}
+    entry = write_shard(store, "part-00000", tensors)
+    fetched: list[int] = []
+    real = Storage.read_into
+
+    def read_into(self: Storage, key: str, buffer: memoryview, start: int = 0) -> int:
+        fetched.append(start)
+        return real(self, key, buffer, start)
+
+    monkeypatch.setattr(Storage, "read_into", read_into)
+    out = torch.empty(13, 3)
+    read_rows(store, entry, ["a", "b", "d"], out[:11])
+    assert torch.equal(out[:11], torch.cat([tensors["a"], tensors["b"], tensors["d"]]))
+    assert fetched == [entry.tensors[0].start, entry.tensors[3].start]
+    read_rows(store, entry, ["b", "a"], out[7:])
+    assert torch.equal(out[7:], torch.cat([tensors["b"], tensors["a"]]))
+
+
+@pytest.mark.parametrize("out", [torch.empty(3, 3), torch.empty(4, 2), torch.empty(4, 3, dtype=torch.int32)], ids=str)
+def test_rows_that_do_not_fit_are_refused_before_anything_is_read(store: Storage, out: Tensor) -> None:
+    entry = write_shard(store, "part-00000", {"a": torch.rand(4, 3), "b": torch.tensor(1.0)})
+    with pytest.raises(ShardError, match=rf"{entry.key} has a float32 \[4, 3\], expected .* in all; run `gkd verify`"):
+        read_rows(store, entry, ["a"], out)
+    with pytest.raises(ShardError, match="has b float32"):
+        read_rows(store, entry, ["b"], torch.empty(1))
+
+
+@pytest.mark.parametrize("num_bad", [1, 2])
+def test_rows_damaged_on_their_way_are_read_once_more(
+    store: Storage, entry: ObjectEntry, tensors: dict[str, Tensor], num_bad: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, reads = Storage.read_into, 0
+
+    def read_into(self: Storage, key: str, buffer: memoryview, start: int = 0) -> int:
+        nonlocal reads
+        reads += 1
+        count = real(self, key, buffer, start)
+        buffer[3] ^= reads <= num_bad
+        return count
+
+    monkeypatch.setattr(Storage, "read_into", read_into)
+    out = torch.empty_like(tensors["x"])
+    if num_bad == 1:
+        read_rows(store, entry, ["x"], out)
+        assert torch.equal(out, tensors["x"])
+    else:
+        with pytest.raises(ShardError, match=f"tensor x of .*{entry.key} was altered: got crc32 .*in two reads"):
+            read_rows(store, entry, ["x"], out)
 
 
 def test_an_unknown_name_says_what_there_is(store: Storage, entry: ObjectEntry) -> None:

@@ -71,6 +71,13 @@ def test_any_buffer_can_be_written(store: Storage, kind: type) -> None:
     assert (store.read("key"), store.read("empty")) == (b"value", b"")
 
 
+def test_pieces_are_written_as_one_object(store: Storage) -> None:
+    store.write("key", [b"01", memoryview(b"234"), b"", b"5"])
+    assert store.read("key") == b"012345"
+    with pytest.raises(ValueError, match="an object needs a key"):
+        store.write("", [b"0"])
+
+
 def test_a_missing_object_is_named_with_its_url(store: Storage) -> None:
     for action in (store.read, store.size, lambda key: store.read_range(key, 0, 1)):
         with pytest.raises(ObjectNotFoundError, match=f"{store.url}/a/nothing: there is no such object"):
