@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ class CpuDevice:
     name = "cpu"
 
     def __init__(self) -> None:
-        self._computing = threading.Lock()
+        self._computing, self._gathering = threading.Lock(), threading.Lock()
 
     def upload(self, tensor: Tensor) -> Tensor:
         """``tensor`` itself."""
@@ -48,6 +48,10 @@ class CpuDevice:
     def download(self, tensor: Tensor) -> Tensor:
         """``tensor`` itself."""
         return tensor
+
+    def gathering(self) -> AbstractContextManager[object]:
+        """Entered by one thread at a time: no two tiles hold their rows at once."""
+        return self._gathering
 
     @contextmanager
     def computing(self, threads: int) -> Iterator[Clock]:
@@ -96,6 +100,10 @@ class CudaDevice:
             out.copy_(tensor, non_blocking=True)
         stream.synchronize()
         return out
+
+    def gathering(self) -> AbstractContextManager[object]:
+        """Entered by all: rows of the next tile go up while one is computed."""
+        return nullcontext()
 
     @contextmanager
     def computing(self, threads: int) -> Iterator[Clock]:

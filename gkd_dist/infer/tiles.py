@@ -19,14 +19,17 @@ from gkd_dist.sparse import CsrPattern
 def tile_ranges(indptr: Tensor, max_edges: int) -> list[tuple[int, int]]:
     """Ranges of rows of at most ``max_edges`` edges each, or of one row that has more.
 
-    ``indptr`` int64 [o + 1]. Covers all rows in order; one range where everything fits.
+    ``indptr`` int64 [o + 1]. Covers all rows in order; one range where everything fits, else about
+    equal shares of the edges, so that the largest is as small as it can be.
     """
-    num_rows = indptr.numel() - 1
-    if int(indptr[-1]) <= max_edges:
+    num_rows, num_edges = indptr.numel() - 1, int(indptr[-1])
+    if num_edges <= max_edges:
         return [(0, num_rows)]
     ranges, start = [], 0
     while start < num_rows:
-        limit = indptr[start] + max_edges
+        left = num_edges - int(indptr[start])
+        share = -(-left // max(1, -(-left // max_edges)))
+        limit = indptr[start] + share
         stop = int(torch.searchsorted(indptr, limit, right=True)) - 1
         stop = min(num_rows, max(start + 1, stop))
         ranges.append((start, stop))

@@ -205,11 +205,13 @@ class _Work:
         taps = self._taps(layer)
         pieces = []
         for nodes, tile in tiles(graph, self.job.tile_edges):
-            rows = self.device.upload(below if nodes is None else below[nodes])
-            tile = self.device.upload_graph(tile)
-            with self._computing(), recording(self.model, taps) as recorded:
-                z = layerwise.compute_layer(self.model, layer, rows, tile)
-                found = owned_rows(recorded, tile.num_rows, tile.num_nodes, str(self.task))
+            with self.device.gathering():
+                rows = self.device.upload(below if nodes is None else below[nodes])
+                tile = self.device.upload_graph(tile)
+                with self._computing(), recording(self.model, taps) as recorded:
+                    z = layerwise.compute_layer(self.model, layer, rows, tile)
+                    found = owned_rows(recorded, tile.num_rows, tile.num_nodes, str(self.task))
+                del rows, tile, recorded
             pieces.append({"": self.device.download(z), **{k: self.device.download(v) for k, v in found.items()}})
         joined = pieces[0] if len(pieces) == 1 else {k: torch.cat([p[k] for p in pieces]) for k in pieces[0]}
         return joined.pop(""), joined

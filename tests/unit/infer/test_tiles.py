@@ -27,6 +27,11 @@ def test_ranges_hold_at_most_so_many_edges_or_one_row() -> None:
     assert tile_ranges(torch.tensor([0]), 1) == [(0, 0)]
 
 
+def test_ranges_share_the_edges_about_equally() -> None:
+    assert tile_ranges(torch.arange(13), 8) == [(0, 6), (6, 12)]
+    assert tile_ranges(torch.arange(13), 11) == [(0, 6), (6, 12)]
+
+
 def test_a_tile_has_its_rows_first_and_all_their_edges() -> None:
     nodes, tile = tile_graph(graph_of_five(), 1, 4)
     assert nodes.tolist() == [1, 2, 3, 0]
