@@ -98,6 +98,7 @@ def test_named_features_lie_beside_x() -> None:
         for name, expected in NAMED.items():
             owned, halo = (features(part, tensor, store.num_features_of(name)) for tensor in feature_tensors(name))
             assert torch.equal(torch.cat([owned, halo]), expected[part["n_id"]])
+            assert torch.equal(store.inputs(index, name), expected[part["n_id"]])
 
 
 @pytest.mark.parametrize("name", [None, "wide", "words"])
