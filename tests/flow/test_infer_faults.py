@@ -47,14 +47,14 @@ def run(undisturbed: Undisturbed, proxy: FaultProxy) -> Run:
 
 
 FAULTS = {
-    "bursts of SlowDown": [Fault("503", nth=n, times=3) for n in range(5, 100, 20)],
+    "bursts of SlowDown": [Fault("503", nth=n, times=3) for n in range(5, 60, 20)],
     "resets in mid-body": [Fault("reset", "GET", SHARD, nth=n, times=2) for n in (2, 9)],
     "truncated bodies": [Fault("short", "GET", nth=n, times=2) for n in (3, 12, 30)],
     "stalls": [Fault("stall", "GET", SHARD, nth=4), Fault("stall", "PUT", SHARD, nth=2)],
     "flipped bytes": [Fault("flip", "GET", f"knowledge/.*{SHARD}", nth=n) for n in (1, 5, 10)],
     "a flipped byte of the graph": [Fault("flip", "GET", f"graph/.*{SHARD}", nth=2)],
     "duplicate requests": [Fault("twice", "PUT", times=1000), Fault("twice", "DELETE", times=1000)],
-    "lost answers": [Fault("lost", method, nth=n) for method in ("PUT", "DELETE", "GET") for n in (1, 4, 9)],
+    "lost answers": [Fault("lost", method, nth=n) for method in ("PUT", "DELETE", "GET") for n in (1, 3)],
     "jitter": [Fault("late", times=25)],
 }
 
