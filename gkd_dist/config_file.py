@@ -146,7 +146,8 @@ def _drop_keys_of_other_kinds(node: tree.Node, known: FieldType | None, path: tr
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, every default written out; `parse_config` reads it back equal."""
-    return tree.dump_yaml(config.model_dump(mode="json"))
+    # of several teachers the first stands under `teacher` too: written once, so that overrides may change it
+    return tree.dump_yaml(config.model_dump(mode="json", exclude={"teacher" if config.teachers else "teachers"}))
 
 
 def config_schema() -> dict[str, Any]:

@@ -19,13 +19,15 @@ def export_student(student: Storage, out: Storage, fingerprint: str, allow_code:
 def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown: what the model is, how it was made, how good it is, how to use it."""
     model, features = config.student.model, config.student.features
+    kinds = [teacher.model.kind for teacher in config.all_teachers()]
+    teachers = f"a {kinds[0]} teacher" if len(kinds) == 1 else f"{len(kinds)} teachers ({', '.join(kinds)})"
     width = graph["num_features"] if features is None else graph["features"][features]
     return "\n".join(
         [
             f"# {model.kind} student, distilled on {graph['name']}",
             "",
-            f"{model.layers} layers, {model.hidden} hidden units, norm {model.norm}, distilled from a "
-            f"{config.teacher.model.kind} teacher with gkd_dist.",
+            f"{model.layers} layers, {model.hidden} hidden units, norm {model.norm}, distilled from "
+            f"{teachers} with gkd_dist.",
             "",
             "## Results",
             "",

@@ -49,8 +49,10 @@ def _graph(config: Config) -> dict[str, Any]:
 
 def trained_teacher_fingerprint(config: Config) -> str:
     """Of a teacher that is trained here."""
-    made_of = (config.teacher.model, training(config.teacher.train), graph_fingerprint(config), config.seed)
-    return _of("teacher", *made_of, *_if_set(config.teacher.features))
+    teacher = config.teacher
+    seed = config.seed if teacher.seed is None else teacher.seed
+    made_of = (teacher.model, training(teacher.train), graph_fingerprint(config), seed)
+    return _of("teacher", *made_of, *_if_set(teacher.features))
 
 
 def given_teacher_fingerprint(config: Config, weights_sha256: str) -> str:

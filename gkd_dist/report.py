@@ -70,7 +70,8 @@ def metric_name(metrics: Mapping[str, Any]) -> str:
 
 def ordered_models(models: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Several teachers and their mean by name, or the teacher; student alone, student distilled."""
-    names = [*sorted(set(models) - set(LABELS)), *(name for name in LABELS if name in models)]
+    named = sorted(set(models) - {*LABELS, "ensemble"})
+    names = [*named, *(name for name in ("ensemble", *LABELS) if name in models)]
     return [(name, models[name]) for name in names]
 
 
@@ -116,6 +117,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     models = dict(ordered_models(metrics.get("models", {})))
     student, alone = (models.get(name) for name in ("distilled", "alone"))
     teacher = models.get("teacher") or models.get("ensemble")
+    whose = "the ensemble's" if "ensemble" in models else "its teacher's"
     score = _test(student)
     if score is None or student is None:
         return ""
@@ -126,7 +128,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     text += "."
     above = _test(teacher)
     if teacher is not None and above:
-        text += f" It keeps {score / above:.1%} of its teacher's {name}"
+        text += f" It keeps {score / above:.1%} of {whose} {name}"
         if teacher.get("num_params") and student.get("num_params"):
             text += f" with {student['num_params'] / teacher['num_params']:.2%} of the parameters"
         if teacher.get("inference_s") and student.get("inference_s"):
@@ -147,7 +149,8 @@ def _result(metrics: Mapping[str, Any]) -> str:
     cells = [[Cell(row[0], style=style_of(name)), *map(Cell, row[1:])] for name, row in zip(names, rows, strict=True)]
     note = (
         "Inference is one exact pass over the whole graph. Agreement is the share of nodes for which a model and the "
-        "teacher give the same answer. LSP KL is the divergence of the local structure from the teacher's."
+        "teacher (of several: the mean of their logits) give the same answer. LSP KL is the divergence of the local "
+        "structure from the teacher's (of several: the mean of the divergences)."
     )
     return page.table(header, cells, strong=LABELS["distilled"]) + page.note(note)
 

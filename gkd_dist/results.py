@@ -69,7 +69,7 @@ def evaluate(session: Session) -> None:
     models = _measure_teachers(session, knowledge)
     for name, identity in _identities(session).items():
         predictions = _predict(session, name, identity)
-        models[name] = _measure(session, session.student(name), predictions, knowledge)
+        models[name] = _measure(session, session.student(name), predictions, knowledge, is_student=True)
     session.check_ownership()
     session.run.write_json(
         layout.METRICS,
@@ -84,13 +84,19 @@ def evaluate(session: Session) -> None:
 
 
 def _measure_teachers(session: Session, knowledge: Stored | Ensemble) -> dict[str, Any]:
-    """A row for the teacher; of several one for each, and one for the mean of their logits."""
+    """A row for the teacher; of several one for each, and one for the mean of their logits where there is one."""
     if not isinstance(knowledge, Ensemble):
         return {"teacher": _measure(session, session.teacher, knowledge, None)}
     rows = {
-        view.teacher_label: _measure(session, view.teacher, knowledge.stores[view.teacher_label], None)
+        view.teacher_label: _measure(session, view.teacher, knowledge.stores[view.teacher_label], knowledge)
         for view in session.views()
     }
+    if not knowledge.has_mean:
+        log.warning(
+            "infer.logits stores the largest logits of each teacher, which have no mean: there is no row for the "
+            "ensemble and no agreement with it; infer.logits=all gives them"
+        )
+        return rows
     values = evaluate_logits(stages.open_graph(session), knowledge)
     together = {
         "metric": values["metric"],
@@ -133,13 +139,18 @@ def _predict(session: Session, name: str, identity: str) -> tuple[Storage, Manif
 
 
 def _measure(
-    session: Session, folder: Storage, predictions: Stored, teacher: Stored | Ensemble | None
+    session: Session,
+    folder: Storage,
+    predictions: Stored,
+    teacher: Stored | Ensemble | None,
+    is_student: bool = False,
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table; ``teacher`` is what it is compared with: all together where there are several."""
     from gkd_dist.inference_time import inference_seconds
 
     graph = stages.open_graph(session)
-    values = evaluate_logits(graph, predictions, teacher)
+    compared = None if isinstance(teacher, Ensemble) and not teacher.has_mean else teacher
+    values = evaluate_logits(graph, predictions, compared)
     model, spec = read_model(folder, session.allow_code)
     term = _first_lsp(session)
     return {
@@ -148,7 +159,7 @@ def _measure(
         "num_params": sum(parameter.numel() for parameter in model.parameters()),
         "inference_s": inference_seconds(model, graph, spec.features),
         "agreement": values.get("agreement"),
-        "lsp_kl": None if term is None or teacher is None else _divergence(session, folder, predictions, teacher, term),
+        "lsp_kl": _divergence(session, folder, predictions, teacher, term) if term and teacher and is_student else None,
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +178,7 @@ def _train_teacher(session: Session) -> None:
         (LabelLoss(kind="label"),),
         config.teacher.train,
         config.teacher.model.layers,
-        config.seed,
+        config.seed if config.teacher.seed is None else config.teacher.seed,
         teach_fingerprint(session),
         config.teacher.features,
     )
@@ -340,11 +340,24 @@ def task_progress(session: Session, name: str) -> Iterator[Any]:
 
 def student_fingerprints(session: Session) -> dict[str, str]:
     """Fingerprint of each student of the run, by name."""
-    knowledge = infer_fingerprint(session)
-    names = {"distilled": fp.student_fingerprint(session.config, knowledge)}
+    names = {"distilled": fp.student_fingerprint(session.config, _learned_fingerprint(session))}
     if session.config.student.alone:
         names["alone"] = fp.student_fingerprint(session.config, None)
     return names
+
+
+def _learned_fingerprint(session: Session) -> str:
+    """Of the knowledge that the distilled student reads; a teacher that no loss reads has no part in it."""
+    if not session.config.teachers:
+        return infer_fingerprint(session)
+    return fp.of_several({view.config.teacher.name: infer_fingerprint(view) for view in _read_views(session)})
+
+
+def _read_views(session: Session) -> list[Session]:
+    """The views of the teachers that a loss reads."""
+    config = session.config
+    read = {teacher.name for loss in config.losses for teacher in config.readers_of(loss)}
+    return [view for view in session.views() if view.config.teacher.name in read]
 
 
 def distill_fingerprint(session: Session) -> str:
@@ -368,7 +381,7 @@ def student_tasks(session: Session) -> tuple[Any, ...]:
     from gkd_dist.distill.trainer import TrainTask
 
     config, graph = session.config, open_graph(session)
-    knowledge = open_knowledge(session)
+    knowledge = open_knowledge(session, _read_views(session)) if config.teachers else open_knowledge(session)
     depths = {teacher.name: teacher.model.layers for teacher in config.teachers} or config.teacher.model.layers
     label = tuple(loss for loss in config.losses if isinstance(loss, LabelLoss)) or (LabelLoss(kind="label"),)
     return tuple(
@@ -389,11 +402,14 @@ def student_tasks(session: Session) -> tuple[Any, ...]:
     )
 
 
-def open_knowledge(session: Session) -> tuple[Storage, Manifest] | Ensemble:
-    """What the teacher knows, or what several do; `ManifestError` names the stage that makes it."""
+def open_knowledge(session: Session, views: Sequence[Session] | None = None) -> tuple[Storage, Manifest] | Ensemble:
+    """What the teacher knows, or what all of several do, or those of ``views``.
+
+    `ManifestError` names the stage that makes it.
+    """
     from gkd_dist.stream.ensemble import Ensemble
 
-    stored = {view.config.teacher.name: _open_one(view) for view in session.views()}
+    stored = {view.config.teacher.name: _open_one(view) for view in (session.views() if views is None else views)}
     return Ensemble(stored) if session.config.teachers else next(iter(stored.values()))
 
 

@@ -37,7 +37,9 @@ class Verification:
         lines = [f"{self.num_objects:,} objects, {self.num_bytes:,} bytes in {', '.join(self.checked) or 'nothing'}"]
         lines += [f"problem: {problem}" for problem in self.problems]
         lines += [f"orphan: {key}" for key in self.orphans]
-        lines += [f"part {one['part']} recomputed: {one['verdict']}" for one in self.recomputed]
+        for one in self.recomputed:
+            whose = f" of {one['teacher']}" if "teacher" in one else ""
+            lines.append(f"part {one['part']}{whose} recomputed: {one['verdict']}")
         return "\n".join([*lines, "all well" if not self.problems else f"{len(self.problems)} problems"])
 
 
@@ -69,7 +71,8 @@ def _recompute(result: Verification, session: Session, num_parts: int, seed: int
         return
     for view in session.views():
         url, verdicts = recompute_sample(view, num_parts, seed)
-        result.recomputed += [verdict.to_json() for verdict in verdicts]
+        whose = {} if view.is_whole else {"teacher": view.teacher_label}
+        result.recomputed += [verdict.to_json() | whose for verdict in verdicts]
         result.problems += [f"{url}: {verdict}" for verdict in verdicts if verdict.verdict == DIFFERS]
 
 

@@ -9,9 +9,11 @@ from pydantic import Field, model_validator
 from gkd_dist.config.base import Integer, Section, unknown_name
 from gkd_dist.config.graph import GraphConfig, PartitionConfig
 from gkd_dist.config.losses import KdLoss, LabelLoss, Loss, LspLoss
-from gkd_dist.config.models import resolve_layer
+from gkd_dist.config.models import ModelConfig, resolve_layer
 from gkd_dist.config.stores import RayConfig, StorageConfig, Stores
 from gkd_dist.config.training import DistillConfig, InferConfig, StudentConfig, TeacherConfig
+
+ROWS = ("teacher", "ensemble", "distilled", "alone")  # what results call models that have no name of their own
 
 
 class Config(Section):
@@ -44,14 +46,10 @@ class Config(Section):
         self._check_teachers()
         for index, loss in enumerate(self.losses):
             if isinstance(loss, LspLoss):
-                readers = [teacher for teacher in self.all_teachers() if loss.teacher in (None, teacher.name)]
-                sides = [("teacher", teacher.model) for teacher in readers]
-                for side, model in [*sides, ("student", self.student.model)]:
-                    layer = getattr(loss, f"{side}_layer")
-                    try:
-                        resolve_layer(layer, model.layers)
-                    except ValueError as error:
-                        raise ValueError(f"losses.{index}.{side}_layer: {error}") from None
+                for teacher in self.readers_of(loss):
+                    who = f"teacher {teacher.name}: " if self.teachers else ""
+                    _check_layer(f"losses.{index}.teacher_layer: {who}", loss.teacher_layer, teacher.model)
+                _check_layer(f"losses.{index}.student_layer: ", loss.student_layer, self.student.model)
         self._check_features()
         if self.distill.launcher == "inline" and self.distill.num_workers != 1:
             raise ValueError(
@@ -76,6 +74,11 @@ class Config(Section):
             raise ValueError("teachers: give either teacher, or two or more under teachers")
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: every one needs a name of its own (got {', '.join(names)})")
+        for index, teacher in enumerate(self.teachers):
+            if teacher.name in ROWS:
+                raise ValueError(
+                    f"teachers.{index}.name: {teacher.name!r} is what results call something else; choose another name"
+                )
         for index, loss in enumerate(self.losses):
             if not isinstance(loss, LabelLoss) and loss.teacher is not None and loss.teacher not in names:
                 raise ValueError(f"losses.{index}.teacher: {unknown_name(loss.teacher, names, 'the run')}")
@@ -93,12 +96,18 @@ class Config(Section):
         """Every teacher of the run, one or several."""
         return self.teachers or (self.teacher,)
 
+    def readers_of(self, loss: Loss) -> tuple[TeacherConfig, ...]:
+        """The teachers that a loss reads; none for the labels."""
+        if isinstance(loss, LabelLoss):
+            return ()
+        return tuple(teacher for teacher in self.all_teachers() if loss.teacher in (None, teacher.name))
+
     def view_of(self, teacher: TeacherConfig) -> Config:
         """The run as a single teacher sees it: it alone, the losses that read it, the graph of the whole run."""
         losses = tuple(
             loss if isinstance(loss, LabelLoss) else loss.model_copy(update={"teacher": None})
             for loss in self.losses
-            if isinstance(loss, LabelLoss) or loss.teacher in (None, teacher.name)
+            if isinstance(loss, LabelLoss) or teacher in self.readers_of(loss)
         )
         partition = self.partition.model_copy(update={"halo_hops": self.halo_hops()})
         return self.model_copy(update={"teacher": teacher, "teachers": (), "losses": losses, "partition": partition})
@@ -129,7 +138,8 @@ class Config(Section):
         return next((what for what, url in urls.items() if url and url.lower().startswith("memory:")), None)
 
     def _check_features(self) -> None:
-        teachers = [("teacher", teacher.features) for teacher in self.all_teachers()]
+        teachers = [(f"teachers.{index}", teacher.features) for index, teacher in enumerate(self.teachers)]
+        teachers = teachers or [("teacher", self.teacher.features)]
         for section, name in [*teachers, ("student", self.student.features)]:
             if name is not None and name not in self.graph.features:
                 raise ValueError(f"{section}.features: {unknown_name(name, self.graph.features, 'graph.features')}")
@@ -160,3 +170,10 @@ class Config(Section):
         """Hops that the graph store is built with."""
         wanted = self.partition.halo_hops
         return self.required_halo_hops() if wanted == "auto" else wanted
+
+
+def _check_layer(where: str, layer: int, model: ModelConfig) -> None:
+    try:
+        resolve_layer(layer, model.layers)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None

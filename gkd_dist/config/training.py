@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from gkd_dist.config.base import NonNegative, NonNegativeFloat, NotBool, Positive, PositiveFloat, Probability, Section
+from gkd_dist.config.base import (
+    Integer,
+    NonNegative,
+    NonNegativeFloat,
+    NotBool,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+)
 from gkd_dist.config.models import ModelConfig
 
 
@@ -59,6 +68,7 @@ class TeacherConfig(Section):
     checkpoint: str | None = Field(None, description="URL of safetensors or a state_dict; null: trained by `gkd teach`")
     features: str | None = Field(None, description="which of graph.features it reads; null: the graph's own x")
     train: TeacherTrainConfig = TeacherTrainConfig()
+    seed: Integer | None = Field(None, description="of its training; null: the seed of the run")
 
 
 class InferConfig(Section):

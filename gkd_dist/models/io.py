@@ -231,5 +231,13 @@ def load_teacher(
     run: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None, *, name: str | None = None
 ) -> nn.Module:
     """The teacher of the run at URL ``run``; ``name`` says which where there are several."""
-    folder = layout.TEACHER if name is None else layout.one_teacher(name)
-    return read_model(Storage.open(run, storage).child(folder), allow_code)[0]
+    opened = Storage.open(run, storage)
+    folder = opened.child(layout.TEACHER if name is None else layout.one_teacher(name))
+    if not folder.exists(layout.MODEL_JSON):
+        names = sorted({key.partition("/")[0] for key in opened.child(layout.TEACHERS).list()})
+        if names:
+            raise ModelError(
+                f"the run at {opened.url} has {'several teachers' if name is None else f'no teacher {name!r}'}; "
+                f"name one of {', '.join(names)}, e.g. load_teacher(run, name={names[0]!r})"
+            )
+    return read_model(folder, allow_code)[0]

@@ -37,6 +37,11 @@ class Ensemble:
     stores: Mapping[str, Stored]
 
     @property
+    def has_mean(self) -> bool:
+        """Whether all logits of every teacher are stored: the largest alone have no mean."""
+        return not any(manifest.meta.get("topk") for _, manifest in self.stores.values())
+
+    @property
     def url(self) -> str:
         """Where they are."""
         return ", ".join(storage.url for storage, _ in self.stores.values())

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flow_runs import BASE, STAGES, Job, make_job
+from flow_runs import BASE, STAGES, Job, gkd, make_job
 from infer_worlds import assert_close, whole
 
 from gkd_dist import layout, stages
 from gkd_dist.data.sources import load_graph
 from gkd_dist.distill.trainer import build_objective, teacher_wants
+from gkd_dist.errors import ModelError
 from gkd_dist.graph import Graph
 from gkd_dist.losses import edge_scores, kd_loss, lsp_loss
 from gkd_dist.models.io import load_teacher
@@ -144,6 +145,43 @@ def test_a_run_that_reads_one_of_two_learns_what_a_run_with_that_one_learns(tmp_
     assert weights[0] == weights[1]
 
 
+TWINS = (
+    TWO.replace("name: deep", "name: twin")
+    .replace("{{kind: gcn, hidden: 6, layers: 3, norm: none}}", "{{kind: sage, hidden: 16, norm: none, dropout: 0.2}}")
+    .replace("{{epochs: 4, patience: 0, threads: 1}}", "{{epochs: 8, patience: 0, threads: 1}}\n    seed: 7")
+    .replace("{{kind: kd}}", "{{kind: kd, teacher: wide}}")
+    .replace("kind: lsp,", "kind: lsp, teacher: wide,")
+    .replace("dtype: fp32", "dtype: fp32, logits: 2")
+)
+
+
+def test_the_largest_logits_have_no_mean_and_a_teacher_that_nobody_reads_changes_no_student(tmp_path: Path) -> None:
+    job = make_job(tmp_path, TWINS)
+    outcome = job.gkd("run")
+    assert outcome.code == 0, outcome.err
+    assert "which have no mean: there is no row for the ensemble" in outcome.err
+    models = job.session().run.read_json(layout.METRICS)["models"]
+    assert set(models) == {"wide", "twin", "distilled", "alone"}
+    assert all(row["agreement"] is None for row in models.values())
+    assert models["distilled"]["lsp_kl"] > 0
+    weights = [(job.run / layout.one_teacher(name) / layout.MODEL_WEIGHTS).read_bytes() for name in ("wide", "twin")]
+    assert weights[0] != weights[1], "teachers of one kind differ by their seed"
+    again = job.gkd("run", "teachers.1.seed=8")
+    assert (again.code, again.done) == (0, ["teach", "infer", "evaluate", "report"]), again.err
+
+
+def test_what_is_stored_of_a_run_takes_overrides_of_each_teacher(two: Job) -> None:
+    outcome = gkd("verify", str(two.run), "teachers.0.train.threads=2", "--recompute", "1")
+    assert outcome.code == 0, outcome.err
+    assert re.findall(r"part \d of (\w+) recomputed: equal bits", outcome.out) == ["wide", "deep"]
+
+
+@pytest.mark.parametrize(("name", "complaint"), [(None, "has several teachers"), ("wode", "has no teacher 'wode'")])
+def test_one_of_several_is_loaded_by_name(two: Job, name: str | None, complaint: str) -> None:
+    with pytest.raises(ModelError, match=rf"{complaint}; name one of deep, wide, e\.g\. load_teacher"):
+        load_teacher(str(two.run), name=name)
+
+
 def test_a_teacher_reads_features_of_its_own(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     graph = graph_of(job)
@@ -171,7 +209,12 @@ def test_a_teacher_reads_features_of_its_own(tmp_path: Path) -> None:
         (["losses.1.teacher=deap"], r"losses.1.teacher: the run has no 'deap' .*did you mean 'deep'"),
         (["teachers.1.name=wide"], "every one needs a name of its own"),
         (["infer.logits=2"], "set infer.logits=all, or name a teacher in every kd loss"),
-        (["teachers.0.features=text"], "graph.features has no 'text'"),
+        (["teachers.1.features=text"], r"teachers\.1\.features: graph\.features has no 'text'"),
+        (["teachers.1.name=distilled"], r"teachers\.1\.name: 'distilled' is what results call something else"),
+        (
+            ["losses.2.teacher_layer=3"],
+            r"losses\.2\.teacher_layer: teacher wide: layer 3 does not exist in a model of 2",
+        ),
     ],
 )
 def test_wrong_teachers_are_refused(tmp_path: Path, overrides: list[str], complaint: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from gkd_dist.config import AllOr, Config, LspLoss, ModelConfig, PositiveFloat, Schedule, Sigma, resolve_layer
+from gkd_dist.config_file import dump_config, parse_config
 
 
 def minimal(**changes: Any) -> dict[str, Any]:
@@ -202,3 +203,41 @@ class TestFeatures:
     def test_a_name_is_part_of_a_key(self):
         with pytest.raises(ValidationError, match=r"names are letters, digits, - and _ \(got 'a\.b'\)"):
             config(graph={"source": {"kind": "synthetic"}, "features": {"a.b": "text.npy"}})
+
+
+class TestTeachers:
+    TWO: ClassVar = [
+        {"name": name, "model": {"kind": "gat", "layers": layers}} for name, layers in (("a", 2), ("b", 3))
+    ]
+
+    def made(self, **changes: Any) -> Config:
+        given = minimal(teachers=self.TWO, **changes)
+        del given["teacher"]
+        return Config.model_validate(given)
+
+    def test_a_configuration_with_several_is_written_and_read_back(self):
+        made = self.made()
+        text = dump_config(made)
+        assert parse_config(text) == made
+        assert parse_config(text, overrides=["teachers.0.seed=3"]).all_teachers()[0].seed == 3
+
+    def test_only_one_way_of_giving_them(self):
+        with pytest.raises(ValidationError, match="give either teacher, or two or more under teachers"):
+            Config.model_validate(minimal(teachers=self.TWO))
+
+    def test_each_loss_has_its_readers(self):
+        kd = [{"kind": "label"}, {"kind": "kd"}, {"kind": "kd", "teacher": "b"}]
+        made = self.made(losses=kd)
+        assert [[one.name for one in made.readers_of(loss)] for loss in made.losses] == [[], ["a", "b"], ["b"]]
+
+    def test_layers_resolve_by_the_depth_of_each(self):
+        made = self.made(losses=[{"kind": "lsp", "teacher_layer": -2}])
+        views = {one.name: made.view_of(one) for one in made.all_teachers()}
+        assert {name: list(view.knowledge_layers()) for name, view in views.items()} == {"a": [1], "b": [2]}
+        assert {view.halo_hops() for view in views.values()} == {made.halo_hops()} == {3}
+
+    @pytest.mark.parametrize("name", ["teacher", "ensemble", "distilled", "alone"])
+    def test_names_of_other_rows_are_taken(self, name: str):
+        teachers = [{**self.TWO[0], "name": name}, self.TWO[1]]
+        with pytest.raises(ValidationError, match=rf"teachers\.0\.name: '{name}' is what results call something else"):
+            Config.model_validate(minimal(teachers=teachers, teacher=teachers[0]))

@@ -109,3 +109,16 @@ def test_the_card_has_a_row_per_model() -> None:
 
 def test_the_card_of_a_student_that_was_not_evaluated() -> None:
     assert "\nNot evaluated.\n" in model_card(CONFIG, GRAPH, {})
+
+
+def test_the_card_names_all_teachers() -> None:
+    several = parse_config(
+        """
+run: /data/run
+graph: {source: {kind: synthetic}}
+teachers: [{name: one, model: {kind: gat}}, {name: two, model: {kind: sage}}]
+student: {model: {kind: gcn}}
+losses: [{kind: label}]
+"""
+    )
+    assert "distilled from 2 teachers (gat, sage) with gkd_dist." in model_card(several, GRAPH, METRICS)

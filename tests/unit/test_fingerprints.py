@@ -70,6 +70,7 @@ DISTILLED = {"distilled", "evaluation"}
         ("teacher.model.hidden=9", TAUGHT),
         ("teacher.train.lr=0.5", TAUGHT),
         ("teacher.train.units_per_step=2", TAUGHT),
+        ("teacher.seed=1", TAUGHT),
         ("infer.dtype=bf16", {"knowledge", "distilled", "evaluation"}),
         ("infer.scores_dtype=uint8", {"knowledge", "distilled", "evaluation"}),
         ("student.model.hidden=5", STUDENTS),
@@ -118,7 +119,9 @@ def test_speed_and_place_change_nothing(override: str) -> None:
     assert changed(override) == set()
 
 
-@pytest.mark.parametrize("override", ["partition.num_parts=4", "distill.lr=0.01", "partition.halo_hops=2"])
+@pytest.mark.parametrize(
+    "override", ["partition.num_parts=4", "distill.lr=0.01", "partition.halo_hops=2", "teacher.seed=0"]
+)
 def test_a_default_written_out_changes_nothing(override: str) -> None:
     assert changed(override) == set()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gkd_dist.report import build_report, format_table, headline
+from gkd_dist.report import build_report, format_table, headline, ordered_models
 from gkd_dist.storage import Storage
 from gkd_dist.tensorboard import MetricsWriter, read_curves
 
@@ -219,3 +219,10 @@ def test_curves_of_a_run_reach_its_report(tmp_path: Path):
     page = report(curves=curves)
     lines = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
     assert [len((points or "").split()) for points in lines] == [5, 5]
+
+
+def test_several_teachers_come_first_then_their_ensemble() -> None:
+    row = {"metric": "accuracy", "accuracy": {"test": 0.8}}
+    models = {name: row for name in ("zeta", "distilled", "ensemble", "alpha", "alone")}
+    assert [name for name, _ in ordered_models(models)] == ["alpha", "zeta", "ensemble", "alone", "distilled"]
+    assert "It keeps 100.0% of the ensemble's accuracy" in headline({"models": models})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,7 +21,7 @@ REST = {
 
 def test_every_configuration_is_valid() -> None:
     blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)]
-    one, several, features = (Config.model_validate(REST | block) for block in blocks)
+    one, several, seeds, features, attributes = (Config.model_validate(_completed(block)) for block in blocks)
     assert [teacher.name for teacher in one.all_teachers()] == ["wide"]
     assert [teacher.name for teacher in several.all_teachers()] == ["wide", "deep"]
     found = [(loss.kind, getattr(loss, "teacher", None), loss.weight) for loss in several.student_losses()]
@@ -31,4 +32,11 @@ def test_every_configuration_is_valid() -> None:
         ("lsp", "deep", 0.5),
         ("kd", "wide", 0.5),
     ]
+    assert [teacher.seed for teacher in seeds.all_teachers()] == [1, 2]
     assert features.teacher.features == "text"
+    assert attributes.graph.edge_attr == "keep"
+
+
+def _completed(block: dict[str, Any]) -> dict[str, Any]:
+    given = REST | block
+    return given if {"teacher", "teachers"} & given.keys() else given | {"teacher": {"model": {"kind": "gcn"}}}
