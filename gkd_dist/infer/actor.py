@@ -48,6 +48,7 @@ class _Place:
     ping: Any = None
     pinged_at: float = 0.0
     pid: int | None = None  # None until the actor has answered once
+    started: bool = False  # whether it has answered or given a result
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class ActorPool:
         self._start()
         found: list[int] = ray.get([place.actor.ping.remote() for place in self._places])
         for place, pid in zip(self._places, found, strict=True):
-            place.pid = pid
+            place.pid, place.started = pid, True
         return found
 
     def submit(self, request: Request) -> None:
@@ -110,6 +111,7 @@ class ActorPool:
         Raises what a task raised, and `TeacherError` where actors are lost too often.
         """
         ready, _ = ray.wait(list(self._flights), num_returns=1, timeout=_WAIT_S)
+        self._hear_pings()
         if not ready:
             self._look_around()
         self._tell_stragglers()
@@ -119,6 +121,7 @@ class ActorPool:
             self._last_news = time.monotonic()
             try:
                 result: Result = ray.get(ref)
+                flight.place.started = flight.place.started or flight.place.actor is flight.actor
                 self._times.add(flight.request.task, result.seconds)
                 results.append((flight.request.task, result))
             except RayTaskError as error:
@@ -164,9 +167,10 @@ class ActorPool:
 
     def _dispatch(self, request: Request, lost: int, avoid: _Place | None = None) -> None:
         load = {id(place): 0 for place in self._places}
+        started = [place for place in self._places if place.started]  # the cluster may have no room for a successor
         for flight in self._flights.values():
             load[id(flight.place)] = load.get(id(flight.place), 0) + 1
-        place = min(self._places, key=lambda place: (load[id(place)], place is avoid, place.number))
+        place = min(started or self._places, key=lambda place: (load[id(place)], place is avoid, place.number))
         ref = place.actor.run.remote(request)
         self._flights[ref] = _Flight(request, place, place.actor, lost)
 
@@ -191,7 +195,8 @@ class ActorPool:
     def _replace(self, place: _Place, error: RayError | None) -> None:
         _kill(place.actor)
         if place.restarts < self._settings.max_restarts:
-            place.actor, place.restarts, place.ping, place.pid = self._new_actor(), place.restarts + 1, None, None
+            place.actor, place.restarts, place.pid, place.started = self._new_actor(), place.restarts + 1, None, False
+            place.ping, place.pinged_at = place.actor.ping.remote(), time.monotonic()
             return
         self._places.remove(place)
         log.warning(
@@ -217,22 +222,26 @@ class ActorPool:
                     STRAGGLES_AFTER,
                 )
 
+    def _hear_pings(self) -> None:
+        """Notes which actors have answered."""
+        for place in self._places:
+            if place.ping is not None and ray.wait([place.ping], timeout=0)[0]:
+                with contextlib.suppress(RayError):  # its tasks will tell
+                    place.pid, place.started = ray.get(place.ping), True
+                place.ping = None
+
     def _look_around(self) -> None:
         """Replaces actors that have stopped answering, and says what is being waited for."""
         now = time.monotonic()
         for place in list(self._places):
             if place.ping is None:
                 place.ping, place.pinged_at = place.actor.ping.remote(), now
-            elif ray.wait([place.ping], timeout=0)[0]:
-                with contextlib.suppress(RayError):  # its tasks will tell
-                    place.pid = ray.get(place.ping)
-                place.ping = None
             elif place.pid is not None and now - place.pinged_at > _SILENT_S:
                 log.warning(
                     "inference actor %d (process %d) has not answered for %.0f s", place.number, place.pid, _SILENT_S
                 )
                 _kill(place.actor)  # its tasks fail, and are recovered like those of any lost actor
-                place.ping, place.pid = None, None
+                place.ping, place.pid, place.started = None, None, False
         if now - max(self._last_news, self._reported) > _REPORT_S:
             self._reported = now
             oldest = min(self._flights.values(), key=lambda flight: flight.since)
