@@ -1,6 +1,7 @@
 """Inference with two tasks in flight where memory is scarce: ``python scarce_memory.py ROOT NAME [BYTES]``.
 
-Without BYTES: one run with one task in flight and one with two; prints how far the address space has grown in each.
+Without BYTES: one run with one task in flight, one with two, and one task at a time of the model whose layers are as wide
+as its input; prints how far the address space has grown by the end of each.
 With BYTES: one run with two tasks in flight, where it may grow by no more than that.
 Prints one line of JSON, with the digests of the knowledge; warnings and errors go to stderr, as those of `gkd` do.
 """
@@ -62,11 +63,11 @@ def meet_after_reading() -> None:
     worker.layerwise.one_hop_graph = one_hop_graph
 
 
-def infer(root: Storage, graph: str, out: str, pool: Threads) -> list[str]:
+def infer(root: Storage, graph: str, out: str, pool: Threads, model: str = "narrow") -> list[str]:
     """Digests of the knowledge."""
     store, knowledge = GraphStore.open(root.child(graph)), root.child(out)
     manifest = infer_nodes(
-        root.child("teacher"), store, knowledge, Wants(), InferConfig(num_actors=0), fingerprint="k" * 64, pool=pool
+        root.child(model), store, knowledge, Wants(), InferConfig(num_actors=0), fingerprint="k" * 64, pool=pool
     )
     return [entry.sha256 for entry in manifest.parts]
 
@@ -92,6 +93,8 @@ def main(root: Storage, name: str, limit: int | None) -> None:
     grown = [memory("VmPeak") - idle]
     meet_after_reading()
     assert infer(root, "graph", f"{name}-double", double) == digests
+    grown.append(memory("VmPeak") - idle)
+    infer(root, "graph", f"{name}-wide", single, "wide")
     print(json.dumps({"digests": digests, "grown": [*grown, memory("VmPeak") - idle]}))
 
 
