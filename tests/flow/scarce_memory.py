@@ -1,7 +1,7 @@
 """Inference with two tasks in flight where memory is scarce: ``python scarce_memory.py ROOT NAME [BYTES]``.
 
-Without BYTES: one run with one task in flight, one with two, and one task at a time of the model whose layers are as wide
-as its input; prints how far the address space has grown by the end of each.
+Without BYTES: one run with one task in flight, one with two, and one task at a time of the model whose layers are as
+wide as its input; prints how far the address space has grown by the end of each.
 With BYTES: one run with two tasks in flight, where it may grow by no more than that.
 Prints one line of JSON, with the digests of the knowledge; warnings and errors go to stderr, as those of `gkd` do.
 """
