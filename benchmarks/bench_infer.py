@@ -3,8 +3,7 @@
 Three sides, timed in turns on one generated graph of communities that METIS cuts:
 
 - ``coo``: PyG's convolutions on a COO ``edge_index``, one process, all threads;
-- ``csr``: this package's convolutions on the whole graph as CSR, one process, all threads (of PyG's own SAGE on a
-  ``torch.sparse_csr`` matrix and this form the faster one counts);
+- ``csr``: this package's convolutions on the whole graph as CSR, one process, all threads, the matrix built beforehand;
 - ``actors``: `infer_nodes` with Ray actors of one thread each: parts and layer outputs read from and written to a
   file store, crc32 and sha256 of everything, the driver's records, manifest. Ray's start is measured apart.
 
