@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gkd_dist import layout
-from gkd_dist.errors import DataError
+from gkd_dist.errors import ConfigError, DataError
 from gkd_dist.partition.store import GraphStore, feature_tensors, features
 from gkd_dist.sparse import row_index
 from gkd_dist.storage import Storage
@@ -35,9 +35,19 @@ def write_tables(
     out: Storage,
     advance: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Writes the tables of ``parts`` into ``out``, one part at a time, and returns their keys."""
+    """Writes the tables of ``parts`` into ``out``, one part at a time, and returns their keys.
+
+    Raises ConfigError where ``out`` holds tables of other parts.
+    """
     if knowledge is not None:
         knowledge.manifest.require_input("graph", graph.manifest.fingerprint, knowledge.storage.url)
+    written = {f"{name}/{layout.part(part)}.parquet" for part in parts for name in ("nodes", "edges")}
+    others = [key for name in ("nodes", "edges") for key in out.list(name) if key not in written]
+    if others:
+        raise ConfigError(
+            f"{out.url} holds tables of other parts ({others[0]}, {len(others)} in all), with which these would be "
+            "mixed; give an empty folder"
+        )
     keys = []
     for part in parts:
         for name, columns in part_tables(graph, knowledge, part).items():

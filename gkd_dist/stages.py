@@ -114,10 +114,30 @@ def teach(session: Session) -> None:
     for view in session.views():
         if view is not session and teach_done(view):
             continue
+        _try_teacher(view)
         if view.config.teacher.checkpoint is None:
             _train_teacher(view)
         else:
             _adopt_teacher(view)
+
+
+def _try_teacher(session: Session) -> None:
+    """Refuses, before any work, a teacher that inference would refuse after it; on a tiny graph, without its weights.
+
+    Raises `ModelError`.
+    """
+    import torch
+
+    from gkd_dist.infer.taps import check_taps
+    from gkd_dist.models.build import build_model, resolve_model
+    from gkd_dist.models.probe import check_model
+
+    graph, teacher = open_graph(session), session.config.teacher
+    meta, width = graph.manifest.meta, graph.num_features_of(teacher.features)
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(resolve_model(teacher.model, meta), width, int(meta["num_classes"])).eval()
+    check_model(model, width, bool(meta["has_edge_weight"]), graph.num_edge_features)
+    check_taps(model, session.config.infer.taps)
 
 
 def teach_discard(session: Session) -> None:

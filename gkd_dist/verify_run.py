@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from gkd_dist import layout
+from gkd_dist import layout, stages
 from gkd_dist.config import Config
-from gkd_dist.errors import ManifestError, ModelError, NewerSchemaError
+from gkd_dist.errors import DataError, ManifestError, ModelError, NewerSchemaError
 from gkd_dist.models.io import read_weights
 from gkd_dist.session import Session
 from gkd_dist.shards.manifest import Manifest
@@ -55,6 +56,8 @@ def verify_run(
     result = Verification()
     for kind, storage in stores_of(session):
         _verify_manifest(result, kind, storage, orphans, prune)
+    if orphans:
+        _clean_unfinished(result, session, prune)
     teachers = [view.teacher for view in session.views()]
     for folder in (*teachers, *(session.student(name) for name in ("distilled", "alone"))):
         _verify_model(result, folder)
@@ -86,6 +89,25 @@ def stores_of(session: Session) -> list[tuple[str, Storage]]:
         if predictions.exists(layout.MANIFEST):
             found.append(("knowledge", predictions))
     return found
+
+
+def _unfinished(session: Session) -> list[str]:
+    """Keys of the knowledge store in folders without a manifest: of inferences that were interrupted or given up."""
+    keys = session.knowledge.list()
+    finished = {key.partition("/")[0] for key in keys if key.endswith(f"/{layout.MANIFEST}")}
+    return [key for key in keys if "/" in key and key.partition("/")[0] not in finished]
+
+
+def _clean_unfinished(result: Verification, session: Session, do_prune: bool) -> None:
+    """Lists them; deletes those that no run of today's configuration would go on with."""
+    today = set()
+    for view in session.views():
+        with suppress(DataError):  # without its graph or its teacher there is nothing to go on with
+            today.add(stages.knowledge_folder(view).url.rpartition("/")[2])
+    for key in _unfinished(session):
+        result.orphans.append(f"{session.knowledge.url}/{key}")
+        if do_prune and key.partition("/")[0] not in today:
+            session.knowledge.delete(key)
 
 
 def _verify_manifest(result: Verification, kind: str, storage: Storage, list_orphans: bool, do_prune: bool) -> None:

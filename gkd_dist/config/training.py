@@ -63,7 +63,7 @@ class TeacherTrainConfig(TrainConfig):
 class TeacherConfig(Section):
     """The large model: trained here, or read from a checkpoint."""
 
-    name: str = Field("teacher", pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field("teacher", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     model: ModelConfig
     checkpoint: str | None = Field(None, description="URL of safetensors or a state_dict; null: trained by `gkd teach`")
     features: str | None = Field(None, description="which of graph.features it reads; null: the graph's own x")

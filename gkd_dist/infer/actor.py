@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from gkd_dist.config import InferConfig
-from gkd_dist.errors import TeacherError
+from gkd_dist.errors import InfrastructureError, TeacherError
 from gkd_dist.infer.plan import Task
 from gkd_dist.infer.times import STRAGGLES_AFTER, TaskTimes
 from gkd_dist.infer.worker import Request, Result, Worker
@@ -77,7 +77,7 @@ class ActorPool:
         self._times = TaskTimes()
         self._stragglers: set[Any] = set()
         self._last_news = time.monotonic()
-        self._reported = self._last_news
+        self._reported = self._looked = self._last_news
 
     def __enter__(self) -> ActorPool:
         return self
@@ -112,7 +112,8 @@ class ActorPool:
         """
         ready, _ = ray.wait(list(self._flights), num_returns=1, timeout=_WAIT_S)
         self._hear_pings()
-        if not ready:
+        if not ready or time.monotonic() - self._looked > _WAIT_S:
+            self._looked = time.monotonic()
             self._look_around()
         self._tell_stragglers()
         results = []
@@ -139,6 +140,7 @@ class ActorPool:
                 ray.cancel(ref, force=False)
         self._flights.clear()
         self._times = TaskTimes()
+        self._stragglers.clear()
 
     def close(self) -> None:
         """Ends the actors."""
@@ -149,7 +151,24 @@ class ActorPool:
 
     def _start(self) -> None:
         if not self._places:
+            self._check_resources()
             self._places = [_Place(number, self._new_actor()) for number in range(self._settings.num_actors)]
+
+    def _check_resources(self) -> None:
+        """Ray would wait for ever for what no node has."""
+        settings, nodes = self._settings, [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        wanted = dict(settings.resources)
+        if settings.memory_per_actor is not None:
+            wanted["memory"] = float(settings.memory_per_actor)
+        for name, amount in wanted.items():
+            largest = max((node.get(name, 0.0) for node in nodes), default=0.0)
+            total = sum(node.get(name, 0.0) for node in nodes)
+            if amount > largest or amount * settings.num_actors > total:
+                setting = "infer.memory_per_actor" if name == "memory" else f"infer.resources.{name}"
+                raise InfrastructureError(
+                    f"{settings.num_actors} inference actors need {amount:g} of {name} each, the cluster has {total:g} "
+                    f"in all and {largest:g} on one node; add nodes, or lower {setting} or infer.num_actors"
+                )
 
     def _new_actor(self) -> Any:
         settings = self._settings

@@ -57,6 +57,10 @@ class Commits:
         self._digests = {task: result.entry.sha256 for task, result in results.items()}
         return results
 
+    def forget(self, task: Task) -> None:
+        """The task will be done again: what it left is gone."""
+        self._digests.pop(task, None)
+
     def add(self, task: Task, result: Result) -> bool:
         """Commits ``result``; False where the task has been committed before, with the same bytes.
 

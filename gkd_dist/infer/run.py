@@ -137,6 +137,7 @@ def input_fingerprints(
         [list(name) for name in wants.score_names()],
         sorted(wants.embeddings),
         *([sorted(wants.taps)] if wants.taps else []),
+        *([["topk", packing.topk, *packing.temperatures]] if packing.topk is not None else []),
         packing.dtype,
         packing.scores_dtype,
     ]
@@ -317,7 +318,7 @@ class _Run:
         return tuple(self._entries[Task(KNOWLEDGE, part)] for part in range(self.plan.num_parts))
 
     def _resume(self) -> Schedule:
-        results = self.commits.resume(self.plan.tasks())
+        results = self._still_there(self.commits.resume(self.plan.tasks()))
         schedule = Schedule(self.plan, results)
         for task, result in results.items():
             self._keep(task, result)
@@ -327,6 +328,34 @@ class _Run:
         if results:
             log.info("resuming: %d of %d tasks were done before", schedule.num_done, schedule.num_tasks)
         return schedule
+
+    def _still_there(self, results: dict[Task, Result]) -> dict[Task, Result]:
+        """``results`` without those whose object is needed and gone, and without what these were made from, if gone.
+
+        Layer outputs that nobody reads any more are gone by right.
+        """
+        todo = [task for task in results if task.layer == KNOWLEDGE]
+        todo += [need for task in self.plan.tasks() if task not in results for need in self.plan.needs(task)]
+        looked: set[Task] = set()
+        while todo:
+            asked = [task for task in dict.fromkeys(todo) if task in results and task not in looked]
+            looked.update(asked)
+            with ThreadPoolExecutor(_READERS, "objects") as readers:
+                there = list(readers.map(lambda task: self._is_there(task, results[task].entry), asked))
+            gone = [task for task, found in zip(asked, there, strict=True) if not found]
+            for task in gone:
+                log.warning("the object of %s is gone, it is done again", task)
+                self.commits.forget(task)
+                del results[task]
+            todo = [need for task in gone for need in self.plan.needs(task)]
+        return results
+
+    def _is_there(self, task: Task, entry: ObjectEntry) -> bool:
+        storage = self.job.out if task.layer == KNOWLEDGE else self.job.tmp
+        try:
+            return storage.size(entry.key) == entry.num_bytes
+        except ObjectNotFoundError:
+            return False
 
     def _request(self, task: Task) -> Request:
         inputs = {need: self._entries[need] for need in self.plan.needs(task)}

@@ -48,7 +48,8 @@ def recording(model: nn.Module, taps: Collection[str]) -> Iterator[Recorded]:
 
 def _keep(recorded: Recorded, tap: str) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        recorded.setdefault(tap, []).append(output)
+        # a copy: what comes after the module may work in place
+        recorded.setdefault(tap, []).append(output.detach().clone() if isinstance(output, Tensor) else output)
 
     return hook
 

@@ -84,8 +84,9 @@ class Request:
 class Result:
     """What a task wrote; for knowledge tasks also the histogram of each score tensor.
 
-    ``seconds`` says where the time went (``read``, ``compute``, ``write``), ``warning`` what the
-    driver should tell the user once; neither is kept with the task's record.
+    ``seconds`` says where the time went (``read``, ``wait`` for other tasks to compute, ``compute``,
+    ``write``), ``warning`` what the driver should tell the user once; neither is kept with the
+    task's record.
     """
 
     entry: ObjectEntry
@@ -173,7 +174,7 @@ class _Work:
         self.job, self.task = request.job, request.task
         self.counts = store.manifest.parts[self.task.part].counts
         self._readers = readers
-        self._compute_s = 0.0
+        self._compute_s = self._wait_s = 0.0
 
     def run(self) -> Result:
         """Reads, computes, writes."""
@@ -183,7 +184,8 @@ class _Work:
         made = time.perf_counter()
         result = write()
         seconds = {
-            "read": made - started - self._compute_s,
+            "read": made - started - self._compute_s - self._wait_s,
+            "wait": self._wait_s,
             "compute": self._compute_s,
             "write": time.perf_counter() - made,
         }
@@ -255,6 +257,7 @@ class _Work:
             return {}
         below = outputs[layer - 1] if layer - 1 in outputs else self._below(layer, part)
         outputs[layer], tapped = self._compute_layer(layer, below, layerwise.one_hop_graph(part, self.counts))
+        layerwise.check_finite({"output": outputs[layer], **tapped}, str(Task(layer, self.task.part)))
         return {layerwise.tap_name(tap): values for tap, values in tapped.items()}
 
     def _logits_and_taps(self, part: dict[str, Tensor], outputs: dict[int, Tensor]) -> dict[str, Tensor]:
@@ -345,9 +348,11 @@ class _Work:
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """The device for one computation, whose time is counted."""
+        asked = time.perf_counter()
         with self.device.computing(self.job.threads) as clock:
             yield
         self._compute_s += clock.seconds
+        self._wait_s += time.perf_counter() - asked - clock.seconds
 
 
 def trim(entry: ObjectEntry, names: Sequence[str]) -> ObjectEntry:

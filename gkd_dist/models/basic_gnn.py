@@ -44,7 +44,7 @@ class BasicGnnLayers:
         if layer == self.num_layers and model.jk_mode is None:
             return z
         if model.act is not None and model.act_first:
-            z = model.act(z)
+            z = _activated(model.act, z)
         out: Tensor = model.norms[layer - 1](z)
         return out
 
@@ -56,7 +56,7 @@ class BasicGnnLayers:
         if known is not None and known[0] is z:
             return known[1]
         model = self.model
-        h: Tensor = model.dropout(z if model.act is None or model.act_first else model.act(z))
+        h: Tensor = model.dropout(z if model.act is None or model.act_first else _activated(model.act, z))
         if model.training:  # the readout has to see the units that dropout kept for the next layer
             self._activated[layer] = (z, h)
         return h
@@ -69,6 +69,12 @@ class BasicGnnLayers:
         hidden = [self.activate(layer, outputs[layer]) for layer in self.readout_layers]
         logits: Tensor = model.lin(model.jk(hidden) if hasattr(model, "jk") else hidden[-1])
         return logits
+
+
+def _activated(act: Any, z: Tensor) -> Tensor:
+    """``act(z)``, which leaves ``z`` as it is also where PyG's module was told to work in place: it is read again."""
+    out: Tensor = act(z.clone() if getattr(act, "inplace", False) else z)
+    return out
 
 
 def reads_attributes(model: Any) -> bool:

@@ -113,7 +113,7 @@ def _check_repeatable(model: nn.Module, tiny: TinyGraph, logits: Tensor) -> None
         raise ModelError(
             f"{type(model).__name__} gives other outputs when it is run again in eval mode (they differ by "
             f"{difference:.2g} of the largest): something stays random, like F.dropout without "
-            "training=self.training; make it depend on self.training"
+            "training=self.training, or x is changed in place; make it depend on self.training, and leave x as it is"
         )
 
 
@@ -153,15 +153,29 @@ def _check_layers(name: str, stack: Layers, tiny: TinyGraph, logits: Tensor) -> 
     part, nodes = tiny.part(owned, hops=1)
     h, outputs = stack.activate(0, tiny.x), {}
     for layer in range(1, stack.num_layers + 1):
+        before = h.clone()
         z = stack.forward_layer(layer, h, tiny.graph)
+        _must_not_change(h, before, f"forward_layer({layer}) of {name}")
         here = stack.forward_layer(layer, h[nodes], part.graph)[: owned.numel()]
         _must_agree(here, z[owned], f"forward_layer({layer}) of {name} needs more than the in-edges of a node")
-        outputs[layer] = z
+        outputs[layer], before = z, z.clone()
         h = stack.activate(layer, z) if layer < stack.num_layers else h
+        _must_not_change(z, before, f"activate({layer}) of {name}")
         if layer < stack.num_layers:
             _must_agree(stack.activate(layer, z[owned]), h[owned], f"activate({layer}) of {name} mixes nodes")
     read = {layer: outputs[layer][owned] for layer in stack.readout_layers}
+    copies = {layer: values.clone() for layer, values in read.items()}
     _must_agree(stack.readout(read), logits[owned], f"readout of {name} mixes nodes")
+    for layer, values in copies.items():
+        _must_not_change(read[layer], values, f"readout of {name}")
+
+
+def _must_not_change(found: Tensor, before: Tensor, what: str) -> None:
+    if not torch.equal(found.nan_to_num(), before.nan_to_num()):
+        raise ModelError(
+            f"{what} changes its input in place, which is stored and read again; use the function that gives a new "
+            "tensor (relu in place of relu_, inplace=False)"
+        )
 
 
 def _must_agree(found: Tensor, expected: Tensor, what: str) -> None:

@@ -211,3 +211,11 @@ def test_stored_logits_are_those_of_pyg_on_the_whole_graph(
     assert found.meta["mode"] == "layerwise"
     with torch.no_grad():
         assert_close(whole(graph, out, found, "logits"), model(world.graph.x, world.graph.edge_index))
+
+
+def test_a_resource_that_no_node_has_is_not_waited_for(ray_runs: None, world: World) -> None:
+    graph, (storage, _) = world.cut(2), world.model("gcn")
+    for update in ({"resources": {"highmem": 1.0}}, {"memory_per_actor": 1 << 60}):
+        settings = SETTINGS.model_copy(update=update)
+        with ActorPool(settings) as pool, pytest.raises(InfrastructureError, match="2 inference actors need"):
+            infer_nodes(storage, graph, world.storage("k"), WANTS, settings, fingerprint="f" * 64, pool=pool)

@@ -342,3 +342,22 @@ def test_predictions_of_an_older_model_are_replaced(make_world: MakeWorld, exact
     manifest = infer_nodes(world.model("gin")[0], graph, out, Wants(), exact, fingerprint=FINGERPRINT)
     assert Manifest.load(out, "knowledge").fingerprint == FINGERPRINT
     assert out.list() == sorted([layout.MANIFEST, *(entry.key for entry in manifest.parts)])
+
+
+def test_objects_that_are_gone_are_made_again(make_world: MakeWorld, exact: InferConfig) -> None:
+    world = make_world()
+    graph, (storage, _), out = world.cut(3), world.model("gcn"), world.storage("k")
+    wants = Wants(scores={1: {"sqeuclidean"}})
+    expected = infer_nodes(storage, graph, world.storage("calm"), wants, exact, fingerprint=FINGERPRINT)
+
+    def refused() -> None:
+        if len([key for key in out.list() if key.startswith("part-")]) == 3:
+            raise OwnershipError("another driver owns the run; stop it")
+
+    with pytest.raises(OwnershipError):
+        infer_nodes(storage, graph, out, wants, exact, fingerprint=FINGERPRINT, ownership_check=refused)
+    for key in out.list():
+        if key.startswith("part-00001") or ("layer-2/part-00000" in key and key.endswith(".safetensors")):
+            out.delete(key)
+    assert infer_nodes(storage, graph, out, wants, exact, fingerprint=FINGERPRINT) == expected
+    assert out.list() == world.storage("calm").list()

@@ -119,3 +119,10 @@ def test_models_without_layers_have_taps_too(make_world: MakeWorld, exact: Infer
     options = {"fingerprint": "f" * 64, "allow_code": [PLAIN_KIND]}
     found = infer_nodes(storage, graph, out, Wants(taps={"lin"}), exact, **options)  # type: ignore[arg-type]
     assert_close(whole(graph, out, found, "taps.lin"), model.lin(world.graph.x).detach())
+
+
+def test_what_follows_in_place_does_not_change_a_tap() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+    with recording(model, ["0"]) as recorded, torch.no_grad():
+        model(torch.randn(50, 2))
+    assert recorded["0"][0].min() < 0

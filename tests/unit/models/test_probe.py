@@ -16,7 +16,7 @@ from torch_geometric.nn.models.basic_gnn import BasicGNN
 from gkd_dist.config import BUILT_IN_MODELS, ModelConfig
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
-from gkd_dist.models.build import build_model
+from gkd_dist.models.build import build_model, run_model
 from gkd_dist.models.probe import ModelCheck, check_model, distance, layer_widths
 
 
@@ -188,7 +188,7 @@ SAGE_CONV = pyg.SAGEConv(6, 4)
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (AlwaysDrops(SAGE_CONV), "AlwaysDrops gives other outputs when it is run again .*depend on self.training$"),
+        (AlwaysDrops(SAGE_CONV), "AlwaysDrops gives other outputs when it is run again .*depend on self.training, and leave x as it is$"),
         (Positional(SAGE_CONV), "Positional depend on the order of nodes or edges .*no input that is the number"),
         (pyg.GraphSAGE(6, 8, 2, 4, aggr="lstm"), r"likely convs.0.aggr_module \(LSTMAggregation\)"),
         (Whole(pyg.SAGEConv(6, 4, aggr="lstm")), r"likely conv.aggr_module \(LSTMAggregation\)"),
@@ -248,3 +248,40 @@ def test_widths_are_those_of_the_layers() -> None:
     assert layer_widths(gat, 6) == {1: 15, 2: 15, 3: 4}
     assert layer_widths(user_models.Layered(6, 4, width=7).eval(), 6) == {1: 7, 2: 4}
     assert layer_widths(TwoHops(6, 4).eval(), 6) == {}
+
+
+class _InPlace(nn.Module):
+    """Two dense layers whose activation writes into what it was given."""
+
+    num_layers = 2
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.lins = nn.ModuleList([nn.Linear(in_channels, 4), nn.Linear(4, 3)])
+
+    def forward_layer(self, layer: int, h: Tensor, graph: LocalGraph) -> Tensor:
+        out: Tensor = self.lins[layer - 1](h)
+        return out
+
+    def activate(self, layer: int, z: Tensor) -> Tensor:
+        return z if layer == 0 else z.relu_()
+
+
+def test_activations_in_place_are_refused_in_the_protocol() -> None:
+    with pytest.raises(ModelError, match=r"activate\(1\) of _InPlace changes its input in place"):
+        check_model(_InPlace(5).eval(), 5)
+
+
+def test_activations_in_place_of_pyg_leave_the_layers_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = pyg.GCN(5, 8, 3, 2, act="relu", act_kwargs={"inplace": True}, jk="cat").eval()
+    twin = pyg.GCN(5, 8, 3, 2, jk="cat").eval()
+    twin.load_state_dict(model.state_dict())
+    edge_index = torch.randint(0, 20, (2, 60))
+    graph, x = LocalGraph.from_edge_index(edge_index, 20), torch.randn(20, 5)
+    with torch.no_grad():
+        found, expected = (run_model(one, x, graph, (1, 2, 3)) for one in (model, twin))
+    torch.testing.assert_close(found[0], expected[0])
+    for layer in (1, 2, 3):
+        torch.testing.assert_close(found[1][layer], expected[1][layer])
+        assert found[1][layer].min() < 0
