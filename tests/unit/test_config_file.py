@@ -227,7 +227,7 @@ class TestOverrides:
             ("losses.first.weight=1", "losses is a list of 2; expected an index 0..1, or 2 to append, got first"),
             ("run.x=1", "run is a single value (runs/a) and has no key x"),
             ("distill.grad_clip=0", "expected a number > 0 or null, got 0"),
-            ("teacher.name=a/b", 'expected text that matches ^[A-Za-z0-9_.-]+$, got "a/b"'),
+            ("teacher.name=a/b", 'expected text that matches ^[A-Za-z0-9_][A-Za-z0-9_.-]*$, got "a/b"'),
             ("student.model.kind=gnc", "expected one of gcn, sage, gat, gin, mlp or module:attr, got 'gnc'"),
             ("losses=[]", "expected at least 1 item, got []"),
             ("seed", "expected dotted.key=value, e.g. distill.num_workers=4"),
