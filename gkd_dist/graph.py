@@ -90,7 +90,8 @@ class LocalGraph:
     float32 [n] is the (weighted, where there are weights) in-degree in the *whole* graph, which
     the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
     float32 [m] or None. ``num_owned``: how many of the first nodes statistics are taken over, None
-    for all. ``edge_attr`` float32 [m, a] or None.
+    for all. ``edge_attr`` float32 [m, a] or None. ``n_id`` int64 [n] are the nodes' numbers in the whole
+    graph, None where this is the whole graph in its own order (`global_ids`).
 
     In inference the pattern may have rows for the first nodes alone, those whose output is wanted
     (``num_rows`` < ``num_nodes``); convolutions then give a row for each of those.
@@ -102,6 +103,7 @@ class LocalGraph:
     edge_weight: Tensor | None = None
     num_owned: int | None = None
     edge_attr: Tensor | None = None
+    n_id: Tensor | None = None
     _cache: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -124,6 +126,12 @@ class LocalGraph:
         loops[target[source == target]] = True
         attr = None if edge_attr is None else edge_attr[order].float()
         return cls(CsrPattern.from_csr(indptr_from_counts(counts), source), degree, loops, weight, edge_attr=attr)
+
+    def global_ids(self) -> Tensor:
+        """Number of each node in the whole graph, int64 [n]."""
+        if self.n_id is not None:
+            return self.n_id
+        return torch.arange(self.num_nodes, device=self.in_degree.device)
 
     @property
     def num_nodes(self) -> int:
@@ -217,6 +225,7 @@ class LocalGraph:
             None if self.edge_weight is None else self.edge_weight.to(device, non_blocking=non_blocking),
             self.num_owned,
             None if self.edge_attr is None else self.edge_attr.to(device, non_blocking=non_blocking),
+            None if self.n_id is None else self.n_id.to(device, non_blocking=non_blocking),
         )
 
 

@@ -60,6 +60,7 @@ def tile_graph(graph: LocalGraph, start: int, stop: int) -> tuple[Tensor, LocalG
         graph.has_self_loop[nodes],
         cut(graph.edge_weight),
         edge_attr=cut(graph.edge_attr),
+        n_id=graph.global_ids()[nodes],
     )
     return nodes, local
 

@@ -33,9 +33,9 @@ class TinyGraph:
         place[order] = torch.arange(order.numel(), device=order.device)
         graph = self.graph
         edges = place[graph.edge_index]
-        return TinyGraph(
-            self.x[order], LocalGraph.from_edge_index(edges, order.numel(), graph.edge_weight, graph.edge_attr)
-        )
+        permuted = LocalGraph.from_edge_index(edges, order.numel(), graph.edge_weight, graph.edge_attr)
+        permuted.n_id = graph.global_ids()[order]
+        return TinyGraph(self.x[order], permuted)
 
     def part(self, owned: Tensor, hops: int) -> tuple[TinyGraph, Tensor]:
         """``owned`` nodes with ``hops`` hops of halo after them, and which nodes of the whole those are.
@@ -69,6 +69,7 @@ class TinyGraph:
             graph.has_self_loop[nodes],
             None if graph.edge_weight is None else graph.edge_weight[kept],
             edge_attr=None if graph.edge_attr is None else graph.edge_attr[kept],
+            n_id=graph.global_ids()[nodes],
         )
 
 

@@ -154,4 +154,5 @@ def local_graph(
         tensors["has_self_loop"][:num_nodes],
         None if weight is None else weight[:num_edges],
         edge_attr=None if attr is None else attr[:num_edges],
+        n_id=tensors["n_id"][:num_nodes],
     )

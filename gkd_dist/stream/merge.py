@@ -143,6 +143,7 @@ def merge_edges(parts: Sequence[LocalPart], nodes: MergedNodes) -> LocalGraph:
         _edge_data(parts, "edge_weight", positions),
         nodes.num_owned,
         _edge_data(parts, "edge_attr", positions),
+        nodes.take(part.tensors["n_id"] for part in parts),
     )
 
 

@@ -291,4 +291,5 @@ def _pinned_graph(graph: LocalGraph) -> LocalGraph:
         None if weight is None else weight.pin_memory(),
         graph.num_owned,
         None if attr is None else attr.pin_memory(),
+        None if graph.n_id is None else graph.n_id.pin_memory(),
     )

@@ -146,8 +146,8 @@ class UnitLoader:
         """Graph, ``n_id`` and ``x``; a single part is used as it is stored, with its transpose."""
         if len(parts) > 1:
             nodes = merge_nodes(parts)
-            n_id = nodes.take(part.tensors["n_id"] for part in parts)
-            return merge_edges(parts, nodes), n_id, nodes.take(self._x(part) for part in parts)
+            graph = merge_edges(parts, nodes)
+            return graph, graph.global_ids(), nodes.take(self._x(part) for part in parts)
         part = parts[0]
         stored = local_graph(part.tensors, part.num_nodes, part.num_rows)
         # copies: views would keep the whole shard in memory for as long as the batch lives
@@ -158,8 +158,9 @@ class UnitLoader:
             None if stored.edge_weight is None else stored.edge_weight.clone(),
             part.num_owned,
             None if stored.edge_attr is None else stored.edge_attr.clone(),
+            part.tensors["n_id"][: part.num_nodes].clone(),
         )
-        return graph, part.tensors["n_id"][: part.num_nodes].clone(), self._x(part)
+        return graph, graph.global_ids(), self._x(part)
 
     def _teacher(self, parts: list[LocalPart]) -> Taught:
         """Logits and scores of the owned nodes and their in-edges, part after part."""
@@ -218,6 +219,7 @@ def empty_batch(
             none if weighted else None,
             0,
             torch.empty(0, num_edge_features) if num_edge_features else None,
+            none.long(),
         ),
         torch.empty(0, num_features),
         y=none.long() if task == "multiclass" else torch.empty(0, num_classes),

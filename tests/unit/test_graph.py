@@ -50,6 +50,16 @@ def test_weights_follow_their_edges_and_make_the_degree() -> None:
     assert graph.in_degree.tolist() == [3, 3, 15, 0]
 
 
+def test_global_ids_are_those_that_were_given_or_the_order_itself() -> None:
+    graph = example()
+    assert graph.global_ids().tolist() == [0, 1, 2, 3]
+    graph = replace(graph, n_id=torch.tensor([7, 5, 6, 9]))
+    assert graph.global_ids().tolist() == [7, 5, 6, 9]
+    moved = graph.to("meta").n_id
+    assert moved is not None
+    assert moved.device == torch.device("meta")
+
+
 def test_attributes_follow_their_edges_and_move_with_them() -> None:
     graph = LocalGraph.from_edge_index(EDGES, 4, edge_attr=EDGES.t())
     for found in (graph, graph.to("meta")):

@@ -39,6 +39,7 @@ def test_a_tile_has_its_rows_first_and_all_their_edges() -> None:
     assert tile.in_degree.tolist() == [1, 0, 2, 2]
     assert tile.has_self_loop.tolist() == [False, False, True, False]
     assert (tile.num_rows, tile.num_nodes) == (3, 4)
+    assert tile.global_ids().tolist() == [1, 2, 3, 0]
 
 
 def test_one_tile_is_the_graph_itself() -> None:

@@ -78,6 +78,7 @@ def test_features_labels_and_masks_follow_the_nodes(units: list[tuple[int, ...]]
         owned = batch.n_id[: batch.num_owned]
         assert batch.unit == unit
         assert batch.graph.num_owned == batch.num_owned
+        assert torch.equal(batch.graph.global_ids(), batch.n_id)
         assert torch.equal(batch.x, graph.x[batch.n_id])
         assert torch.equal(batch.y, graph.y[owned])
         for split in SPLITS:
