@@ -161,7 +161,11 @@ def _add_config_arguments(parser: argparse.ArgumentParser, dry_run: bool = True)
 def _add_predict(verbs: Any) -> None:
     parser = _verb(verbs, "predict", "classes, logits and embeddings of every node, by a model of a run", _predict)
     _add_config_arguments(parser, dry_run=False)
-    parser.add_argument("--model", default="distilled", help="distilled, alone or teacher (default: distilled)")
+    parser.add_argument(
+        "--model",
+        default="distilled",
+        help="distilled, alone, teacher, or the name of one of several teachers (default: distilled)",
+    )
     parser.add_argument("--out", required=True, metavar="URL", help="folder for the files")
     parser.add_argument("--format", default="parquet", choices=("parquet", "safetensors"))
     parser.add_argument("--embeddings", action="store_true", help="also the last hidden layer")

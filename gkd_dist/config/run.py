@@ -71,7 +71,10 @@ class Config(Section):
     def _check_teachers(self) -> None:
         names = [teacher.name for teacher in self.all_teachers()]
         if len(self.teachers) == 1 or (self.teachers and self.teacher != self.teachers[0]):
-            raise ValueError("teachers: give either teacher, or two or more under teachers")
+            raise ValueError(
+                "teachers: give either teacher, or two or more under teachers; "
+                "one of several is changed as teachers.0.<key>"
+            )
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: every one needs a name of its own (got {', '.join(names)})")
         for index, teacher in enumerate(self.teachers):

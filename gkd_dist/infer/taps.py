@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gkd_dist.errors import ModelError
+from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.infer.plan import KNOWLEDGE
 from gkd_dist.models.build import run_model
@@ -24,12 +24,12 @@ Recorded = dict[str, list[Tensor]]
 
 
 def check_taps(model: nn.Module, taps: Collection[str]) -> None:
-    """`ModelError` for a path that names no module of ``model``, with those that are spelled alike."""
+    """`ConfigError` for a path that names no module of ``model``, with those that are spelled alike."""
     paths = [path for path, _ in model.named_modules() if path]
     for tap in taps:
         if tap not in paths:
             alike = difflib.get_close_matches(tap, paths, n=4, cutoff=0.4) or paths[:4]
-            raise ModelError(
+            raise ConfigError(
                 f"infer.taps names {tap!r}, which is no module of the {type(model).__name__}; "
                 f"use a dotted path such as {', '.join(alike) or 'one of its modules (it has none)'}"
             )

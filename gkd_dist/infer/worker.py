@@ -128,8 +128,8 @@ class Worker:
             self._room.shrink()
             device.release()
             warning = (
-                f"{request.task} did not fit the memory beside other tasks ({reason}): the worker goes on with one "
-                "at a time; lower infer.window or infer.tile_edges to begin like that"
+                f"{request.task} did not fit the memory ({reason}): the worker repeats it alone "
+                "and goes on with one task at a time; lower infer.window or infer.tile_edges to begin like that"
             )
         counts = store.manifest.parts[request.task.part].counts
         num_nodes = counts["num_owned"] + counts["num_halo_1"]

@@ -10,7 +10,7 @@ from infer_worlds import PLAIN_KIND, World, assert_close, whole
 from torch import Tensor, nn
 
 from gkd_dist.config import InferConfig
-from gkd_dist.errors import ModelError
+from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.infer.plan import KNOWLEDGE, Wants
 from gkd_dist.infer.run import infer_nodes
@@ -64,7 +64,7 @@ def test_taps_without_one_place_are_refused() -> None:
 
 
 def test_near_misses_of_a_tap_are_listed() -> None:
-    with pytest.raises(ModelError, match=r"names 'lin.0', which is no module of the Stack; .*lins\.0"):
+    with pytest.raises(ConfigError, match=r"names 'lin.0', which is no module of the Stack; .*lins\.0"):
         check_taps(Stack(), ["lin.0"])
 
 
