@@ -13,7 +13,7 @@ from typing import Any
 from gkd_dist.config import Config, InferConfig, LabelLoss, Loss, TrainConfig
 from gkd_dist.config_file import config_fingerprint
 
-FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 1, "evaluation": 1}
+FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 2, "evaluation": 1}
 _UNSET = object()
 _LATER: dict[str, Any] = {
     "edge_attr": "auto",

@@ -61,9 +61,8 @@ def deepspeed_config(config: DistillConfig, micro_steps: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
+        "gradient_clipping": config.grad_clip or 0.0,  # left out it would be 1
     }
-    if config.grad_clip is not None:
-        ours["gradient_clipping"] = config.grad_clip
     if config.precision != "fp32":
         ours[config.precision] = {"enabled": True}
     given = dict(config.deepspeed)

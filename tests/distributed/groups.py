@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -61,3 +65,36 @@ def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 
         stop_group(ranks)
     failed = [(rank, out) for rank, (process, out) in enumerate(zip(ranks, outputs, strict=True)) if process.returncode]
     assert not failed, "\n".join(f"rank {rank}:\n{out[-3000:]}" for rank, out in failed)
+
+
+class Ranks:
+    """Groups of ranks that stay from case to case, one for each world size; see ``ranks.py``."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.ranks"],
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def do(self, timeout_s: float = 60, **request: object) -> str:
+        """Has every rank of ``world_size`` do the request; returns what went wrong, or an empty string."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            self.close()
+            return f"no answer after {timeout_s:g} s"
+        return str(json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """Ends all groups."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

@@ -15,6 +15,10 @@ def test_stage_and_accumulation():
     assert "bf16" not in built
 
 
+def test_no_clipping_is_said_because_deepspeed_clips_by_default():
+    assert deepspeed_config(DistillConfig(), 1)["gradient_clipping"] == 0.0
+
+
 def test_precision():
     assert deepspeed_config(DistillConfig(precision="bf16"), 1)["bf16"] == {"enabled": True}
 

@@ -1,0 +1,132 @@
+"""The cases of C2b: a graph with everything that makes ranks unequal, and options that could tell how many there are.
+
+Shared by the test, which trains each case with plain torch, and by the ranks, which train it with DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from gkd_dist.config import DistillConfig, InferConfig, ModelConfig, PartitionConfig, SyntheticSource
+from gkd_dist.config.graph import GraphConfig
+from gkd_dist.data.sources import load_graph
+from gkd_dist.distill.trainer import TrainTask
+from gkd_dist.graph import Graph
+from gkd_dist.infer.plan import Wants
+from gkd_dist.infer.run import infer_nodes
+from gkd_dist.models.build import build_model
+from gkd_dist.models.io import ModelSpec, save_model
+from gkd_dist.partition.build import build_graph_store
+from gkd_dist.partition.store import GraphStore
+from gkd_dist.storage import Storage
+from tests.training import make_task
+
+SIZES = (80, 50, 40, 20, 10)  # nodes of each part
+NO_LABELS, NO_EDGES = 3, 4  # parts
+STEPS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train; ``sabotage`` names the mechanism that is taken away (`tests.distributed.ranks`)."""
+
+    name: str
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    sabotage: str = ""
+
+    def config(self, stage: int, num_workers: int) -> DistillConfig:
+        """``STEPS`` steps of this case."""
+        options = {"weight_decay": 1e-2, "units_per_step": "all", "epochs": STEPS} | self.train
+        return DistillConfig.model_validate(
+            {"zero_stage": stage, "num_workers": num_workers, "patience": 0, "eval_every": STEPS, **options}
+        )
+
+    def task(self, storage: Storage, name: str, train: DistillConfig) -> TrainTask:
+        """The task of this case on an `uneven_world`."""
+        return make_task(storage, name, train, **{"dropout": 0.3, "hidden": 8, **self.model})
+
+
+def sgd(**options: Any) -> dict[str, Any]:
+    """SGD with momentum."""
+    return {"optimizer": "sgd", "momentum": 0.9, "lr": 1e-2, **options}
+
+
+def adamw(**options: Any) -> dict[str, Any]:
+    """AdamW; its learning rate bounds what it makes of a gradient that is nothing but rounding."""
+    return {"optimizer": "adamw", "lr": 1e-3, **options}
+
+
+THREE = {
+    "units_per_step": 3,
+    "epochs": STEPS // 2,
+}  # steps of 3 and of 2 units: empty micro-steps, and fewer than 4 ranks
+CASES = {
+    case.name: case
+    for case in (
+        Case("sgd-layer-clipped", sgd(grad_clip=0.5, **THREE), {"norm": "layer"}),
+        Case("sgd-batch-unclipped", sgd(grad_clip=1e6), {"norm": "batch"}),
+        Case("adamw-layer-clipped", adamw(grad_clip=0.1), {"norm": "layer"}),
+        Case("adamw-batch-no-clip", adamw(**THREE, lr_schedule={"kind": "cosine", "warmup": 2}), {"norm": "batch"}),
+    )
+}
+CLIPS = {"unclipped": 1e6, "clipped": 0.1, "no-clip": None}
+PRODUCT = {
+    name: Case(name, make(grad_clip=limit, weight_decay=decay, **units), {"norm": norm, "dropout": dropout})
+    for optimizer, make in (("sgd", sgd), ("adamw", adamw))
+    for norm in ("layer", "batch")
+    for clip, limit in CLIPS.items()
+    for decay, dropout in ((0.0, 0.0), (1e-2, 0.3))
+    for count, units in (("all", {}), ("three", THREE))
+    if (name := f"{optimizer}-{norm}-{clip}-{'regular' if decay else 'plain'}-{count}")
+}
+
+
+def sabotaged(case: Case, how: str) -> Case:
+    """``case`` without the mechanism ``how``."""
+    return replace(case, sabotage=how)
+
+
+def is_meaningless(case: Case, name: str) -> bool:
+    """Whether the gradient of this parameter is analytically zero, and Adam turns its rounding into steps.
+
+    Batch norm takes the mean away, and with it the bias of the convolution before it; the mean that it keeps has that
+    bias in it.
+    """
+    if case.train["optimizer"] == "sgd" or case.model.get("norm") != "batch":
+        return False
+    return name in ("convs.0.bias", "norms.0.running_mean")
+
+
+def uneven_world(root: str | Path) -> Storage:
+    """Graph store and knowledge of five unequal parts, one without labels and one without edges."""
+    storage = Storage.open(str(root))
+    assign = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
+    assign = assign[torch.randperm(assign.numel(), generator=torch.Generator().manual_seed(0))]
+    with patch("gkd_dist.partition.build.assign_parts", lambda *options: assign):  # none of the methods cuts like this
+        config = PartitionConfig(num_parts=len(SIZES))
+        build_graph_store(_graph(assign), storage.child("graph"), config, halo_hops=2, seed=0, fingerprint="g")
+    torch.manual_seed(0)
+    spec = ModelSpec(ModelConfig(kind="sage", hidden=8), 5, 3, "multiclass")
+    save_model(storage.child("teacher"), build_model(spec.config, 5, 3), spec, "t")
+    graph, wants = GraphStore.open(storage.child("graph")), Wants(True, {1: {"sqeuclidean"}})
+    settings = InferConfig(num_actors=0, dtype="fp32")
+    infer_nodes(storage.child("teacher"), graph, storage.child("knowledge"), wants, settings, fingerprint="k" * 16)
+    return storage
+
+
+def _graph(assign: torch.Tensor) -> Graph:
+    source = SyntheticSource(
+        kind="synthetic", num_nodes=assign.numel(), num_classes=3, average_degree=5, num_features=5
+    )
+    split = {"kind": "per_class", "train": 15, "val": 10}
+    graph = load_graph(GraphConfig.model_validate({"source": source, "split": split}), seed=0)
+    bare, alone = assign == NO_LABELS, assign == NO_EDGES
+    inside = ~(alone[graph.edge_index[0]] | alone[graph.edge_index[1]])
+    masks = {name: getattr(graph, name) & ~bare for name in ("train_mask", "val_mask", "test_mask")}
+    return replace(graph, edge_index=graph.edge_index[:, inside], y=graph.y.masked_fill(bare, -1), **masks)
