@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gkd_dist.config import Config, InferConfig, LabelLoss, Loss, TrainConfig
+from gkd_dist.config import Config, DistillConfig, InferConfig, LabelLoss, Loss, ModelConfig, TrainConfig
 from gkd_dist.config_file import config_fingerprint
 
 FORMAT = {"graph": 1, "teacher": 1, "knowledge": 1, "student": 2, "evaluation": 1}
@@ -90,7 +90,13 @@ def student_fingerprint(config: Config, knowledge: str | None) -> str:
         knowledge,
         config.seed,
         *_if_set(config.student.features),
+        *_if_exchanged(config.distill),
     )
+
+
+def _if_exchanged(distill: DistillConfig) -> tuple[dict[str, str], ...]:
+    """Nothing for stored hops, so that results of before stay."""
+    return () if distill.halo == "hops" else ({"halo": distill.halo},)
 
 
 def _unnamed(loss: Loss) -> set[str]:
@@ -119,11 +125,19 @@ def training(config: TrainConfig) -> dict[str, Any]:
 
 
 def _of(kind: str, *values: Any) -> str:
-    plain = [value.model_dump(mode="json") if hasattr(value, "model_dump") else _plain(value) for value in values]
+    plain = [_dumped(value) if hasattr(value, "model_dump") else _plain(value) for value in values]
     return config_fingerprint([kind, FORMAT[kind], plain])
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return [item.model_dump(mode="json") if hasattr(item, "model_dump") else item for item in value]
+        return [_dumped(item) if hasattr(item, "model_dump") else item for item in value]
     return value
+
+
+def _dumped(section: Any) -> dict[str, Any]:
+    """A model without the settings that came later and are at their default: results of before stay."""
+    plain: dict[str, Any] = section.model_dump(mode="json")
+    if isinstance(section, ModelConfig) and section.dropout_mask == "node":
+        del plain["dropout_mask"]
+    return plain

@@ -7,13 +7,15 @@ is the source, row 1 the target.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from gkd_dist.noise import NodeNoise
 from gkd_dist.sparse import CsrPattern, indptr_from_counts, spmm
 from gkd_dist.topk import TopK
 
@@ -82,6 +84,16 @@ class WeightedPattern:
         return torch.addcmul(out, self.diagonal.unsqueeze(1).to(x.dtype), x[: out.size(0)])
 
 
+class HaloRows(Protocol):
+    """Where the rows of halo nodes come from in a graph whose parts stay on their ranks. Both are collective."""
+
+    def fill(self, owned: Tensor) -> Tensor:
+        """Rows of all nodes [n, d] from those of the owned ones [num_owned, d]; differentiable."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over all ranks; differentiable."""
+
+
 @dataclass
 class LocalGraph:
     """In-edges of a set of nodes as CSR by target, with what exact convolutions need.
@@ -91,7 +103,9 @@ class LocalGraph:
     the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
     float32 [m] or None. ``num_owned``: how many of the first nodes statistics are taken over, None
     for all. ``edge_attr`` float32 [m, a] or None. ``n_id`` int64 [n] are the nodes' numbers in the whole
-    graph, None where this is the whole graph in its own order (`global_ids`).
+    graph, None where this is the whole graph in its own order (`global_ids`). ``noise`` holds the random numbers of a forward pass in
+    training (None: those of torch's generators). ``halo`` brings the rows of halo nodes from the ranks that
+    own them (None: they are computed here). ``recomputing`` is true while a backward pass computes a layer again.
 
     In inference the pattern may have rows for the first nodes alone, those whose output is wanted
     (``num_rows`` < ``num_nodes``); convolutions then give a row for each of those.
@@ -104,6 +118,9 @@ class LocalGraph:
     num_owned: int | None = None
     edge_attr: Tensor | None = None
     n_id: Tensor | None = None
+    noise: NodeNoise | None = None
+    halo: HaloRows | None = None
+    recomputing: bool = False
     _cache: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -200,9 +217,35 @@ class LocalGraph:
             counts = torch.bincount(rows, minlength=self.num_rows)
             if self.pattern.t_indptr.numel() == 0:
                 return CsrPattern.forward_only(indptr_from_counts(counts), cols[order])
-            return CsrPattern.from_csr(indptr_from_counts(counts), cols[order])
+            return CsrPattern.from_csr(indptr_from_counts(counts), cols[order], self.num_nodes)
 
         return self._once("loops", build)
+
+    def with_noise(self, noise: NodeNoise) -> LocalGraph:
+        """The same graph, sharing all it holds, for one forward pass with the random numbers of ``noise``."""
+        graph = copy.copy(self)
+        graph.noise = noise
+        return graph
+
+    def owned_rows(self) -> LocalGraph:
+        """The same graph with rows for the owned nodes alone; the halo nodes must have no in-edges here.
+
+        Convolutions that go by `num_rows` then compute nothing for halo nodes, forward or backward.
+        """
+
+        def build() -> LocalGraph:
+            assert self.num_owned is not None, "all nodes are owned"
+            full = self.pattern
+            pattern = CsrPattern(
+                full.indptr[: self.num_owned + 1], full.indices, full.t_indptr, full.t_indices, full.t_perm
+            )
+            return LocalGraph(
+                pattern, self.in_degree, self.has_self_loop, self.edge_weight, self.num_owned, self.edge_attr, self.n_id
+            )
+
+        rows: LocalGraph = copy.copy(self._once("owned rows", build))
+        rows.noise, rows.halo = self.noise, self.halo
+        return rows
 
     def derived(self, name: str, build: Callable[[], _T]) -> _T:
         """What ``build`` makes of this graph: made once, kept with it under ``name``."""
@@ -226,6 +269,7 @@ class LocalGraph:
             self.num_owned,
             None if self.edge_attr is None else self.edge_attr.to(device, non_blocking=non_blocking),
             None if self.n_id is None else self.n_id.to(device, non_blocking=non_blocking),
+            halo=self.halo,
         )
 
 
@@ -263,6 +307,10 @@ class Batch:
     def mask(self, split: str) -> Tensor:
         """Mask of ``train``, ``val`` or ``test`` over the owned nodes."""
         return {"train": self.train_mask, "val": self.val_mask, "test": self.test_mask}[split]
+
+    def with_noise(self, key: int) -> Batch:
+        """The same batch for one forward pass, whose random numbers are those of its nodes under ``key``."""
+        return replace(self, graph=self.graph.with_noise(NodeNoise(self.n_id, key)))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on ``device``."""

@@ -24,8 +24,8 @@ class CsrPattern:
 
     ``indptr`` int64 [n + 1] and ``indices`` int64 [m] are the CSR form (row = target, column =
     source). ``t_indptr`` and ``t_indices`` are the CSR form of the transpose and ``t_perm`` int64
-    [m] says which non-zero of the matrix is the k-th of the transpose. The matrix is square, unless
-    it was made for `forward_only`: then there may be fewer rows than columns.
+    [m] says which non-zero of the matrix is the k-th of the transpose. There may be fewer rows than
+    columns; of a pattern made for `forward_only`, the transpose is missing.
     """
 
     indptr: Tensor
@@ -35,11 +35,11 @@ class CsrPattern:
     t_perm: Tensor
 
     @classmethod
-    def from_csr(cls, indptr: Tensor, indices: Tensor) -> CsrPattern:
-        """Adds the transpose to a CSR structure; the order within its rows is by target."""
+    def from_csr(cls, indptr: Tensor, indices: Tensor, num_columns: int | None = None) -> CsrPattern:
+        """Adds the transpose to a CSR structure, square unless told otherwise; its rows are ordered by target."""
         rows = row_index(indptr)
         t_indices_order = torch.argsort(indices, stable=True)
-        counts = torch.bincount(indices, minlength=indptr.numel() - 1)
+        counts = torch.bincount(indices, minlength=indptr.numel() - 1 if num_columns is None else num_columns)
         return cls(indptr, indices, indptr_from_counts(counts), rows[t_indices_order], t_indices_order)
 
     @classmethod

@@ -11,7 +11,7 @@ from gkd_dist.config.base import Positive, Probability, Section
 BUILT_IN_MODELS = ("gcn", "sage", "gat", "gin", "mlp")
 _PYG = "torch_geometric."  # models of PyG: their depth and width are arguments of known names
 _PYG_NAMES = {"layers": "num_layers", "hidden": "hidden_channels"}
-_BUILT_IN_ONLY = ("heads", "norm", "act", "dropout", "input_dropout", "residual")
+_BUILT_IN_ONLY = ("heads", "norm", "act", "dropout", "input_dropout", "dropout_mask", "residual")
 
 
 def _module_attr(value: str) -> str:
@@ -32,6 +32,10 @@ class ModelConfig(Section):
     act: Literal["relu", "elu", "gelu", "leaky_relu", "tanh"] = "relu"
     dropout: Probability = Field(0.0, description="after each activation, and on attention coefficients (gat)")
     input_dropout: Probability = Field(0.0, description="on the input features")
+    dropout_mask: Literal["node", "unit"] = Field(
+        "node",
+        description="node: a hash of node and channel, the same for every copy of a node; unit: torch's generator",
+    )
     residual: bool = Field(False, description="add a linear skip of the input to each hidden layer")
     args: dict[str, Any] = Field(default_factory=dict, description="arguments of a module:attr class")
 

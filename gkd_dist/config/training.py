@@ -51,6 +51,7 @@ class TrainConfig(Section):
     checkpoint_every: Positive = Field(20, description="optimizer steps between checkpoints")
     keep: Positive = Field(2, description="checkpoints kept beside the best")
     log_every: Positive = Field(1, description="optimizer steps between TensorBoard points")
+    checkpoint_layers: bool = Field(False, description="compute layers again in backward, to keep their inputs alone")
 
 
 class TeacherTrainConfig(TrainConfig):

@@ -90,7 +90,7 @@ class DeepSpeedEngine:
         self._deepspeed, self._world = deepspeed, world
         self._stage, self._micro_steps = config.zero_stage, micro_steps
         self._dtype = DTYPES[config.precision]
-        module = StudentModule(model).to(world.device)
+        module = StudentModule(model, config.checkpoint_layers).to(world.device)
         optimizer = build_optimizer(module.parameters(), config)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(

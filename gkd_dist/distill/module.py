@@ -16,13 +16,13 @@ from gkd_dist.world import World
 class StudentModule(nn.Module):
     """A model whose forward takes a local graph and returns logits and layer outputs as a tuple."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, recompute: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.recompute = model, recompute
 
     def forward(self, x: Tensor, graph: LocalGraph, layers: Sequence[int] = ()) -> tuple[Tensor, ...]:
         """(logits [n, c], one output [n, d_l] per layer asked for)."""
-        logits, kept = run_model(self.model, x, graph, layers)
+        logits, kept = run_model(self.model, x, graph, layers, self.recompute)
         return (logits, *(kept[layer] for layer in layers))
 
 

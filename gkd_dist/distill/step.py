@@ -85,7 +85,7 @@ def train_step(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with seeded(world.device, seed, step, batch.unit):
-            logits, layers = engine.forward(batch, objective.student_layers)
+            logits, layers = engine.forward(batch.with_noise(hash_of(seed, step)), objective.student_layers)
         sums = objective.sums(batch, logits, layers, epoch)
         totals += sums.detach().double().cpu()
         if last:

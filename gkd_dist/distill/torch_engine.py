@@ -17,7 +17,7 @@ class TorchEngine:
     """Model and optimizer of a world of one, in fp32."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-        self.module = StudentModule(model).to(device)
+        self.module = StudentModule(model, config.checkpoint_layers).to(device)
         self._clip = config.grad_clip
         self._optimizer = build_optimizer(self.module.parameters(), config)
         self.grad_norm: float | None = None

@@ -21,7 +21,8 @@ from gkd_dist.errors import ModelError, TeacherError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.losses.scores import Metric, pattern_scores
 from gkd_dist.models.build import run_model
-from gkd_dist.models.layered import Layers, as_layers, checked_layer
+from gkd_dist.models.layered import Layers, as_layers
+from gkd_dist.models.passes import checked_layer
 from gkd_dist.partition.store import local_graph
 from gkd_dist.sparse import CsrPattern
 

@@ -101,7 +101,7 @@ def import_model(path: str) -> Callable[..., Any]:
 
 
 def run_model(
-    model: nn.Module, x: Tensor, graph: LocalGraph, layers: Sequence[int] = ()
+    model: nn.Module, x: Tensor, graph: LocalGraph, layers: Sequence[int] = (), recompute: bool = False
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits [n, c] and the outputs of ``layers``, for layered and for plain modules.
 
@@ -109,7 +109,7 @@ def run_model(
     graph where its ``forward`` takes them (`edge_inputs`).
     """
     if is_layered(model):
-        return forward_layers(model, x, graph, layers)
+        return forward_layers(model, x, graph, layers, recompute)
     if layers:
         raise ModelError(f"{no_layers(model)}, or drop the loss terms that read layers")
     positional, named = edge_inputs(model, graph)

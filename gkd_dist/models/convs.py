@@ -82,6 +82,8 @@ class SAGE(SAGEConv):
 class GAT(GATConv):
     """Graph attention (Velickovic et al., ICLR 2018)."""
 
+    noise_layer: int | None = None  # where dropout of attention goes by nodes: which layer of its model this is
+
     def forward(self, x: Tensor, graph: LocalGraph) -> Tensor:
         """[n, d_in] to [n, h * d], or [n, d] where heads are averaged."""
         hidden = self.lin(x)
@@ -92,7 +94,7 @@ class GAT(GATConv):
         logits = logits + (heads * self.att_dst).sum(-1).index_select(0, rows)
         logits = F.leaky_relu(logits if on_edges is None else logits + on_edges, self.negative_slope)
         attention = segment_log_softmax(logits, pattern.indptr, rows).exp()
-        attention = F.dropout(attention, self.dropout, self.training)
+        attention = _drop_attention(self, attention, graph, pattern, rows)
         parts = [spmm(pattern, attention[:, k], heads[:, k]) for k in range(self.heads)]
         out = torch.cat(parts, dim=1) if self.concat else torch.stack(parts).mean(0)
         out = out.to(hidden.dtype) if self.res is None else out.to(hidden.dtype) + self.res(x[: out.size(0)])
@@ -130,6 +132,14 @@ def looped(graph: LocalGraph, attr: Tensor, fill_value: float | Tensor | str) ->
     kept = attr[keep]
     on_loops = compute_loop_attr(graph.edge_index[:, keep], kept, graph.num_nodes, False, fill_value)
     return pattern, torch.cat([kept, on_loops])[order]
+
+
+def _drop_attention(conv: Any, attention: Tensor, graph: LocalGraph, pattern: CsrPattern, rows: Tensor) -> Tensor:
+    """Dropout of attention [m, h]: by the ends of each edge where the model has said which layer ``conv`` is."""
+    layer = getattr(conv, "noise_layer", None)
+    if graph.noise is None or layer is None or not conv.training:
+        return F.dropout(attention, conv.dropout, conv.training)
+    return graph.noise.drop_edges(attention, conv.dropout, layer, pattern.indices, rows)
 
 
 class GIN(GINConv):

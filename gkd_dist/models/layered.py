@@ -23,8 +23,10 @@ from gkd_dist.config import ModelConfig
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.models.basic_gnn import BasicGnnLayers, is_basic_gnn, why_not_basic
-from gkd_dist.models.convs import Dense, build_conv
+from gkd_dist.models.convs import GAT, Dense, build_conv
 from gkd_dist.models.norm import OwnedBatchNorm
+from gkd_dist.models.passes import run_stack
+from gkd_dist.noise import NodeNoise
 
 _PROTOCOL = ("num_layers", "forward_layer", "activate")
 _READOUT = ("readout_layers", "readout")
@@ -111,9 +113,9 @@ def _with_readout(model: Any) -> Layers:
 
 
 def forward_layers(
-    model: nn.Module, x: Tensor, graph: LocalGraph, layers: Sequence[int] = ()
+    model: nn.Module, x: Tensor, graph: LocalGraph, layers: Sequence[int] = (), recompute: bool = False
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits [n, c] of a layered model and the outputs ``z_l`` [n, d_l] of ``layers`` (from 1).
+    """Logits [n, c] of a layered model and the outputs ``z_l`` [n, d_l] of ``layers`` (from 1); see `passes.run_stack`.
 
     `ModelError` for a layer that the model does not have.
     """
@@ -123,27 +125,7 @@ def forward_layers(
     absent = sorted(layer for layer in layers if not 1 <= layer <= stack.num_layers)
     if absent:
         raise ModelError(f"the model has layers 1 to {stack.num_layers} (got {absent[0]}); ask for one of those")
-    wanted = {*layers, *stack.readout_layers}
-    outputs: dict[int, Tensor] = {}
-    h = stack.activate(0, x)
-    for layer in range(1, stack.num_layers + 1):
-        z = checked_layer(model, layer, stack.forward_layer(layer, h, graph), graph)
-        if layer in wanted:
-            outputs[layer] = z
-        if layer < stack.num_layers:
-            h = stack.activate(layer, z)
-    return stack.readout(outputs), {layer: outputs[layer] for layer in sorted(set(layers))}
-
-
-def checked_layer(model: nn.Module, layer: int, z: Tensor, graph: LocalGraph) -> Tensor:
-    """``z``, which ``forward_layer`` gave; `ModelError` where it has not one row per node."""
-    if not isinstance(z, Tensor) or z.dim() != 2 or z.size(0) != graph.num_rows:
-        found = f"shape {list(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-        raise ModelError(
-            f"forward_layer({layer}) of {type(model).__name__} gave {found} for {graph.num_rows} nodes; "
-            "it must give one row per node"
-        )
-    return z
+    return run_stack(model, stack, x, graph, layers, recompute)
 
 
 def as_local_graph(edges: LocalGraph | Tensor, num_nodes: int, edge_weight: Tensor | None = None) -> LocalGraph:
@@ -157,18 +139,23 @@ class LayeredModel(nn.Module):
     """GCN, GraphSAGE, GAT, GIN or MLP of any depth."""
 
     rows_alone = True  # `forward_layer` can leave out nodes that have no row in the graph
+    takes_noise = True  # `activate` takes the noise of the graph
 
     def __init__(self, config: ModelConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.num_layers = config.layers
         self.act, self.dropout, self.input_dropout = config.act, config.dropout, config.input_dropout
+        self.by_node = config.dropout_mask == "node"
         hidden = config.hidden * config.heads
         widths = [in_channels, *[hidden] * (config.layers - 1), out_channels]
         self.convs, self.norms, self.skips = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for layer, (d_in, d_out) in enumerate(pairwise(widths), start=1):
             last = layer == config.layers
             heads = 1 if last else config.heads
-            self.convs.append(build_conv(config.kind, d_in, d_out // heads, heads, config.dropout))
+            conv = build_conv(config.kind, d_in, d_out // heads, heads, config.dropout)
+            if isinstance(conv, GAT) and self.by_node:
+                conv.noise_layer = layer
+            self.convs.append(conv)
             self.norms.append(_norm("none" if last else config.norm, d_out))
             self.skips.append(nn.Linear(d_in, d_out, bias=False) if config.residual and not last else nn.Identity())
         self.residual = config.residual
@@ -182,11 +169,13 @@ class LayeredModel(nn.Module):
         out: Tensor = norm(z, graph) if isinstance(norm, OwnedBatchNorm) else norm(z)
         return out
 
-    def activate(self, layer: int, z: Tensor) -> Tensor:
+    def activate(self, layer: int, z: Tensor, noise: NodeNoise | None = None) -> Tensor:
         """``h_l`` from ``z_l``: activation and dropout; for layer 0 dropout on the input alone."""
-        if layer == 0:
-            return F.dropout(z, self.input_dropout, self.training)
-        return F.dropout(getattr(torch.nn.functional, self.act)(z), self.dropout, self.training)
+        h = z if layer == 0 else getattr(torch.nn.functional, self.act)(z)
+        rate = self.input_dropout if layer == 0 else self.dropout
+        if not self.training or rate == 0:
+            return h
+        return noise.drop(h, rate, layer) if noise is not None and self.by_node else F.dropout(h, rate)
 
     def forward(
         self,

@@ -114,16 +114,24 @@ def gradients(task: TrainTask, units: list[tuple[int, ...]]) -> dict[str, torch.
     return grads
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", ["gcn", "sage", "gat", "gin", "mlp"])
-def test_gradients_do_not_know_how_the_graph_was_cut(storage, kind):
-    """C2a: parts one by one, merged in pairs, and the whole graph as one unit."""
-    task = make_task(storage, kind=kind, dropout=0.0)
+def test_gradients_do_not_know_how_the_graph_was_cut(storage, kind, dropout):
+    """C2a: parts one by one, merged in pairs, and the whole graph as one unit, with dropout as well."""
+    task = make_task(storage, kind=kind, dropout=dropout, input_dropout=dropout)
     whole = gradients(task, [(0, 1, 2)])
     for units in ([(0,), (1,), (2,)], [(0, 2), (1,)]):
         parts = gradients(task, units)
         for name, expected in whole.items():
             error = (parts[name] - expected).norm()
             assert error <= max(1e-5 * expected.norm(), 1e-7), name
+
+
+def test_dropout_by_unit_is_noticed_by_that_check(storage):
+    task = make_task(storage, kind="gcn", dropout=0.4, dropout_mask="unit")
+    whole, parts = gradients(task, [(0, 1, 2)]), gradients(task, [(0,), (1,), (2,)])
+    name = "convs.0.lin.weight"
+    assert (parts[name] - whole[name]).norm() > 1e-2 * whole[name].norm()
 
 
 def test_too_little_halo_is_noticed_by_that_check(tmp_path):
