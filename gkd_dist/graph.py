@@ -103,9 +103,10 @@ class LocalGraph:
     the local edges of a halo node do not show. ``has_self_loop`` bool [n]; ``edge_weight``
     float32 [m] or None. ``num_owned``: how many of the first nodes statistics are taken over, None
     for all. ``edge_attr`` float32 [m, a] or None. ``n_id`` int64 [n] are the nodes' numbers in the whole
-    graph, None where this is the whole graph in its own order (`global_ids`). ``noise`` holds the random numbers of a forward pass in
-    training (None: those of torch's generators). ``halo`` brings the rows of halo nodes from the ranks that
-    own them (None: they are computed here). ``recomputing`` is true while a backward pass computes a layer again.
+    graph, None where this is the whole graph in its own order (`global_ids`). ``noise`` holds the random numbers
+    of a forward pass in training (None: those of torch's generators). ``halo`` brings the rows of halo nodes
+    from the ranks that own them (None: they are computed here). ``recomputing`` is true while a backward pass
+    computes a layer again.
 
     In inference the pattern may have rows for the first nodes alone, those whose output is wanted
     (``num_rows`` < ``num_nodes``); convolutions then give a row for each of those.

@@ -168,5 +168,16 @@ def test_the_features_that_a_model_reads_are_its_own_matter() -> None:
 def test_every_training_setting_is_on_one_side() -> None:
     """A new field of `TrainConfig` has to be sorted: does it change the result, or only speed and place?"""
     speed_and_place = {"threads", "prefetch_bytes", "resident_bytes", "checkpoint_every", "keep", "log_every"}
+    speed_and_place |= {"checkpoint_layers"}
     assert fp.training(TrainConfig()).keys() | speed_and_place == TrainConfig.model_fields.keys()
     assert fp.training(TrainConfig()).keys().isdisjoint(speed_and_place)
+
+
+def test_models_of_earlier_versions_stay() -> None:
+    """Dropout by node is the default now; what was trained before counts as trained."""
+    sections = [
+        config("student.model.dropout=0.5"),
+        config("student.model.dropout=0.5", "student.model.dropout_mask=unit"),
+    ]
+    assert fp.student_fingerprint(sections[0], None) != fp.student_fingerprint(sections[1], None)
+    assert "dropout_mask" not in fp._dumped(sections[0].student.model)
