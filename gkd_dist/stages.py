@@ -456,9 +456,18 @@ def distill(session: Session) -> None:
             return
         from gkd_dist.distill.placement import train_on_ray
 
+        _say_cache(tasks[0])
         session.make_room_for_workers()
         session.start_ray()
         train_on_ray(job, follow)
+
+
+def _say_cache(task: Any) -> None:
+    """What workers keep on the disks of their machines, where they do: theirs is a log that nobody reads."""
+    from gkd_dist.stream.node_cache import describe_cache, stores_of
+
+    if line := describe_cache(stores_of(task.graph, task.knowledge), task.train.cache):
+        log.info("%s", line)
 
 
 def _distill_in_group(job: Any) -> None:

@@ -37,6 +37,7 @@ from gkd_dist.config.run import Config
 from gkd_dist.config.stores import RayConfig, StorageConfig, Stores
 from gkd_dist.config.training import (
     AllOr,
+    CacheConfig,
     DistillConfig,
     InferConfig,
     LrSchedule,
@@ -51,6 +52,7 @@ __all__ = [
     "KERNEL_METRICS",
     "AllOr",
     "ArraysSource",
+    "CacheConfig",
     "Config",
     "DistillConfig",
     "EdgeAttr",

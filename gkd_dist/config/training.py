@@ -30,6 +30,26 @@ class LrSchedule(Section):
 AllOr = Positive | Literal["all"]
 
 
+class CacheConfig(Section):
+    """Copies of what is read from a store, on a disk of each machine and shared by its processes."""
+
+    folder: str | None = Field(
+        "auto",
+        description="absolute path on a local disk; auto: in the temporary folder of the machine where the store is an "
+        "object store, else none; null: no cache",
+    )
+    budget_bytes: Positive = Field(32 << 30, description="kept in the folder, the least recently used going first")
+
+    @field_validator("folder")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        if value is not None and value != "auto" and not value.startswith("/"):
+            raise ValueError(
+                f"a cache is a folder on a disk of each machine (got {value!r}); use an absolute path, auto or null"
+            )
+        return value
+
+
 class TrainConfig(Section):
     """What teacher and student training share."""
 
@@ -48,6 +68,10 @@ class TrainConfig(Section):
     threads: Positive = Field(1, description="torch threads of each worker")
     prefetch_bytes: Positive = Field(1 << 30, description="units read ahead, per worker")
     resident_bytes: NonNegative = Field(2 << 30, description="decoded units kept in memory, per worker")
+    cache: CacheConfig = CacheConfig()
+    data_timeout_s: PositiveFloat = Field(
+        240.0, description="bound of the wait for a unit; at most 0.8 collective_timeout_s, so that peers still listen"
+    )
     checkpoint_every: Positive = Field(20, description="optimizer steps between checkpoints")
     keep: Positive = Field(2, description="checkpoints kept beside the best")
     log_every: Positive = Field(1, description="optimizer steps between TensorBoard points")

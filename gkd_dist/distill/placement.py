@@ -19,6 +19,7 @@ from typing import Any
 
 from gkd_dist import errors
 from gkd_dist.distill.job import TrainJob, run_job
+from gkd_dist.distill.relay import WarningReader, warnings_to_store
 from gkd_dist.distill.trainer import TrainTask, is_trained
 from gkd_dist.distill.watch import PROGRESS, TrainProgress, report_to_store
 from gkd_dist.errors import GkdError, InfrastructureError, ObjectNotFoundError, StorageError, StudentError
@@ -121,7 +122,8 @@ def _worker(loop_config: dict[str, Any]) -> None:
         return  # a restart after an error that a restart cannot mend
     world = World.from_env(use_gpu=job.config.gpus_per_worker > 0)
     try:
-        run_job(job, world, lambda task: report_to_store(task.output))
+        with warnings_to_store(folder, world.rank):
+            run_job(job, world, lambda task: report_to_store(task.output))
     except InfrastructureError as error:
         if isinstance(error, errors.NonFiniteLossError):
             _leave_failure(folder, error)
@@ -169,10 +171,11 @@ def _last_line(error: BaseException) -> str:
 @contextmanager
 def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> Iterator[None]:
     """Reads the workers' progress from the store while they train."""
-    stop = threading.Event()
+    stop, warnings = threading.Event(), WarningReader(job.tasks[0].output, job.config.num_workers)
 
     def follow() -> None:
         while not stop.wait(_POLL_S):
+            warnings.say()
             for task in job.tasks:
                 progress = _read_progress(task)
                 if progress is not None:
@@ -180,6 +183,7 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> I
 
     for task in job.tasks:
         _delete(task.output, PROGRESS)
+    warnings.clear()
     thread = threading.Thread(target=follow, name="gkd-follow", daemon=True)
     thread.start()
     try:
@@ -187,6 +191,8 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> I
     finally:
         stop.set()
         thread.join(timeout=10)
+        warnings.say()
+        warnings.clear()
         for task in job.tasks:
             _delete(task.output, PROGRESS)
 

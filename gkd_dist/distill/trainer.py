@@ -34,6 +34,7 @@ from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
 from gkd_dist.stream.ensemble import Ensemble
 from gkd_dist.stream.knowledge import Wants
+from gkd_dist.stream.node_cache import through_cache
 from gkd_dist.stream.order import Position, StreamPlan, micro_steps, plan_units
 from gkd_dist.stream.prefetch import Prefetcher
 from gkd_dist.stream.units import UnitLoader, part_costs
@@ -164,7 +165,8 @@ class Trainer:
         costs = part_costs(task.graph.manifest)
         units = plan_units(task.graph.num_parts, self.config.parts_per_unit, costs)
         wants = teacher_wants(task.losses, task.teacher_layers)
-        self.loader = UnitLoader(task.graph, task.knowledge, units, wants, features=task.features)
+        graph, knowledge = through_cache(task.graph, task.knowledge, self.config.cache)
+        self.loader = UnitLoader(graph, knowledge, units, wants, features=task.features)
         per_step, shuffle = self.config.units_per_step, self.config.shuffle
         self.plan = StreamPlan(task.seed, len(units), per_step, shuffle, self.loader.costs)
         self.micro_steps = micro_steps(self.plan.full_step, world.world_size)
@@ -198,6 +200,10 @@ class Trainer:
             config.resident_bytes,
             self.loader.size_of,
             device=self.world.device,
+            extra_of=self.loader.extra_of,
+            timeout_s=min(config.data_timeout_s, 0.8 * getattr(config, "collective_timeout_s", float("inf"))),
+            who=f"rank {self.world.rank} of {self.world.world_size}",
+            name_of=self.loader.name_of,
         ) as stream:
             try:
                 self._measure_medians(stream)
@@ -244,6 +250,7 @@ class Trainer:
             step=self.state.global_step,
         )
         merge_running_statistics(self.engine.module, self.world)
+        stream.settle()
         self.state.global_step += 1
         following = Position(epoch, step).next(self.plan.steps_per_epoch)
         self.state.position = (following.epoch, following.step)

@@ -69,9 +69,9 @@ class GraphStore:
         wanted = [s for s in stored if s in names or s.rpartition(".")[0] in names]
         return read_shard(self.storage, entry, wanted)
 
-    def part_with(self, index: int, features: str | None) -> dict[str, Tensor]:
-        """All tensors of a part but the features that are not asked for."""
-        read, skipped = feature_tensors(features), set[str]()
+    def part_with(self, index: int, features: str | None, without: Sequence[str] = ()) -> dict[str, Tensor]:
+        """All tensors of a part but ``without`` and the features that are not asked for."""
+        read, skipped = feature_tensors(features), set(without)
         for name in (None, *self.manifest.meta.get("features", {})):
             skipped |= set(feature_tensors(name)) - set(read)
         if not skipped:
@@ -80,14 +80,18 @@ class GraphStore:
         kept = [s for s in stored if not skipped & {s, s.rpartition(".")[0]}]
         return read_shard(self.storage, self.manifest.parts[index], kept)
 
+    def has_dense(self, index: int, named: str | None = None) -> bool:
+        """Whether `inputs` of a part are read in place: stored dense, as float32."""
+        stored = [self.manifest.parts[index].tensor(name) for name in feature_tensors(named)]
+        return all(tensor is not None and tensor.dtype == "float32" for tensor in stored)
+
     def inputs(self, index: int, named: str | None = None) -> Tensor:
         """Features of a part's nodes with its whole halo, float32 [n, f]; ``named`` as in `num_features_of`.
 
         Read in place where they are stored dense, without a copy.
         """
         entry, names, width = self.manifest.parts[index], feature_tensors(named), self.num_features_of(named)
-        stored = [entry.tensor(name) for name in names]
-        if all(tensor is not None and tensor.dtype == "float32" for tensor in stored):
+        if self.has_dense(index, named):
             out = torch.empty(entry.counts["num_owned"] + entry.counts["num_halo"], width)
             read_rows(self.storage, entry, names, out)
             return out

@@ -83,7 +83,7 @@ def read_object(storage: Storage, entry: ObjectEntry) -> memoryview:
         _check_size(storage, entry, _fill(storage, entry, buffer, 0), longer_is_wrong=True)
         _check_crc(storage, entry, "", zlib.crc32(view), entry.crc32)
 
-    _read_twice(read)
+    _read_twice(storage, entry, read)
     return view
 
 
@@ -115,7 +115,7 @@ def _fill_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry], 
             crc = zlib.crc32(view[tensor.start - origin : tensor.stop - origin])
             _check_crc(storage, entry, f"tensor {tensor.name} of ", crc, tensor.crc32)
 
-    _read_twice(read)
+    _read_twice(storage, entry, read)
 
 
 def _room(num_bytes: int) -> memoryview:
@@ -127,12 +127,13 @@ class _Damaged(Exception):
     """What was read is not what the manifest describes."""
 
 
-def _read_twice(read: Callable[[], None]) -> None:
+def _read_twice(storage: Storage, entry: ObjectEntry, read: Callable[[], None]) -> None:
     """``read``, and once more where it raises `_Damaged`; ShardError where it does again."""
     try:
         read()
     except _Damaged as error:
         _log.warning("%s: reading it once more", error)
+        storage.doubt(entry.key)
     else:
         return
     try:

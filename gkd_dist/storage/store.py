@@ -118,6 +118,9 @@ class Storage:
                 break
         return done
 
+    def doubt(self, key: str) -> None:
+        """What was read of ``key`` is not what it has to be; for stores that keep copies, which have none here."""
+
     def exists(self, key: str) -> bool:
         """Whether there is such an object; a folder is none."""
         path = self._path(key)

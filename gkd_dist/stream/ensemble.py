@@ -73,6 +73,11 @@ class Ensemble:
         mean = torch.stack(logits).mean(0) if wants.logits else None
         return Taught(mean, scores, logits_of)
 
+    def num_bytes(self, index: int, wants: Wants) -> int:
+        """Bytes that `part` reads."""
+        wanted = {name: self._wants_of(name, wants) for name in self.stores}
+        return sum(KnowledgeStore(*self.stores[name]).num_bytes(index, mine) for name, mine in wanted.items() if mine)
+
     @staticmethod
     def _wants_of(name: str, wants: Wants) -> Wants:
         scores = {(layer, metric) for layer, metric, *teacher in wants.scores if teacher == [name]}

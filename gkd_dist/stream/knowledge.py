@@ -129,6 +129,12 @@ class KnowledgeStore(NamedTuple):
             if name not in packing
         }
 
+    def num_bytes(self, index: int, wants: Wants) -> int:
+        """Bytes that `part` reads."""
+        entry = self.manifest.parts[index]
+        names = set(self._names(entry, wants))
+        return sum(tensor.stop - tensor.start for tensor in entry.tensors if tensor.name in names)
+
     def _names(self, entry: ObjectEntry, wants: Wants) -> list[str]:
         """Tensors to read: each score itself or else the embeddings that it follows from."""
         stored = {tensor.name for tensor in entry.tensors}

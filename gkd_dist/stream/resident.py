@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
 
 from gkd_dist.graph import Batch
 
@@ -30,13 +34,59 @@ class Resident(Generic[Key]):
         """Keeps a batch, dropping others for it; one larger than the budget is not kept."""
         if size_bytes > self._budget_bytes or key in self._batches:
             return
-        while self._bytes + size_bytes > self._budget_bytes:
-            _, (_, freed) = self._batches.popitem(last=False)
-            self._bytes -= freed
+        self._shrink_to(self._budget_bytes - size_bytes)
         self._batches[key] = (batch, size_bytes)
         self._bytes += size_bytes
+
+    def weigh(self, key: Key) -> None:
+        """Counts what a batch holds by now, with all that was derived from it, and drops what is too much."""
+        if key in self._batches:
+            batch, counted = self._batches[key]
+            size_bytes = max(counted, held_bytes(batch))
+            if size_bytes > self._budget_bytes:
+                del self._batches[key]
+                self._bytes -= counted
+                return
+            self._batches[key] = (batch, size_bytes)
+            self._bytes += size_bytes - counted
+            self._shrink_to(self._budget_bytes)
+
+    def _shrink_to(self, num_bytes: int) -> None:
+        while self._batches and self._bytes > num_bytes:
+            _, (_, freed) = self._batches.popitem(last=False)
+            self._bytes -= freed
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._batches
 
     def clear(self) -> None:
         """Drops all batches."""
         self._batches.clear()
         self._bytes = 0
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of all tensors in a value, through dataclasses and containers, each memory once."""
+    seen: dict[int, int] = {}
+    _collect(value, seen, set())
+    return sum(seen.values())
+
+
+def _collect(value: Any, seen: dict[int, int], visited: set[int]) -> None:
+    if isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        children: Any = (getattr(value, field.name) for field in fields(value))
+    elif isinstance(value, Mapping):
+        children = value.values()
+    elif isinstance(value, tuple | list):
+        children = value
+    else:
+        return
+    for child in children:
+        _collect(child, seen, visited)

@@ -28,6 +28,8 @@ from gkd_dist.stream.merge import LocalPart, merge_edges, merge_nodes
 from gkd_dist.topk import concatenate
 
 EMPTY_UNIT = -1  # `Batch.unit` of an empty batch
+_IN_PLACE_BYTES = 4 << 20  # features from here on are a request of their own, straight into the batch
+_NOT_READ = ("send_part", "send_ptr", "send_rows")  # for inference alone
 _OWNED = ("y", *(f"{split}_mask" for split in SPLITS))
 
 
@@ -86,8 +88,10 @@ class UnitLoader:
         """
         if unit is None:
             return self.empty()
-        parts = [self._part(part) for part in self.units[unit]]
-        graph, n_id, x = self._nodes_and_edges(parts)
+        in_place = self._is_in_place(unit)
+        parts = [self._part(part, in_place) for part in self.units[unit]]
+        x = self.graph.inputs(parts[0].index, self.features) if in_place else None
+        graph, n_id, x = self._nodes_and_edges(parts, x)
         taught = self._teacher(parts)
         return Batch(
             unit,
@@ -127,6 +131,28 @@ class UnitLoader:
             total += per_owned * counts["num_owned"] + 4 * len(self.wants.scores) * counts["num_owned_edges"]
         return total
 
+    def extra_of(self, unit: int | None) -> int:
+        """Bytes that `load` takes beside the batch for a while: objects as stored, and what decoding them takes."""
+        if unit is None:
+            return 0
+        graph, in_place, total = self.graph.manifest, self._is_in_place(unit), 0
+        for part in self.units[unit]:
+            entry = graph.parts[part]
+            skipped = set(_NOT_READ) | (set(feature_tensors(self.features)) if in_place else set())
+            total += sum(tensor.stop - tensor.start for tensor in entry.tensors if tensor.name not in skipped)
+            total += 8 * entry.counts["num_edges"] * (1 if len(self.units[unit]) == 1 else 6)  # rows; merging: orders
+            if self.knowledge is not None:
+                total += self.knowledge.num_bytes(part, self.wants)
+        return total
+
+    def name_of(self, unit: int | None) -> str:
+        """What a unit is called in messages: its number, and the objects that it is read from."""
+        if unit is None:
+            return "an empty unit"
+        keys = [self.graph.storage.describe(self.graph.manifest.parts[part].key) for part in self.units[unit]]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        return f"unit {unit} ({', '.join(keys[:3])}{more})"
+
     def _logit_bytes(self, classes: int) -> int:
         """Of the teacher's logits, per owned node."""
         if self.knowledge is None:
@@ -138,11 +164,21 @@ class UnitLoader:
         topk = self.knowledge.manifest.meta.get("topk")
         return 4 * classes if topk is None else 8 * topk["k"] + 4 * len(topk["temperatures"])
 
-    def _part(self, index: int) -> LocalPart:
+    def _part(self, index: int, in_place: bool) -> LocalPart:
         hop_ptr = tuple(self.graph.manifest.parts[index].meta["hop_ptr"])
-        return LocalPart(index, self.graph.part_with(index, self.features), hop_ptr[: self.hops + 1])
+        without = (*_NOT_READ, *(feature_tensors(self.features) if in_place else ()))
+        return LocalPart(index, self.graph.part_with(index, self.features, without), hop_ptr[: self.hops + 1])
 
-    def _nodes_and_edges(self, parts: list[LocalPart]) -> tuple[LocalGraph, Tensor, Tensor]:
+    def _is_in_place(self, unit: int) -> bool:
+        """Whether ``x`` of a unit is read straight into the batch: all features of a single part, and many of them."""
+        if len(self.units[unit]) > 1:
+            return False
+        (part,) = self.units[unit]
+        entry, dense = self.graph.manifest.parts[part], self.graph.has_dense(part, self.features)
+        num_nodes, used = entry.counts["num_owned"] + entry.counts["num_halo"], entry.meta["hop_ptr"][self.hops]
+        return dense and used == num_nodes and 4 * num_nodes * self.num_features >= _IN_PLACE_BYTES
+
+    def _nodes_and_edges(self, parts: list[LocalPart], x: Tensor | None) -> tuple[LocalGraph, Tensor, Tensor]:
         """Graph, ``n_id`` and ``x``; a single part is used as it is stored, with its transpose."""
         if len(parts) > 1:
             nodes = merge_nodes(parts)

@@ -107,6 +107,8 @@ def test_what_a_setting_changes(override: str, expected: set[str]) -> None:
         "distill.threads=2",
         "distill.prefetch_bytes=1000000",
         "distill.resident_bytes=0",
+        "distill.cache.folder=/scratch",
+        "distill.data_timeout_s=5",
         "distill.checkpoint_every=1",
         "distill.keep=5",
         "distill.log_every=10",
@@ -169,6 +171,7 @@ def test_every_training_setting_is_on_one_side() -> None:
     """A new field of `TrainConfig` has to be sorted: does it change the result, or only speed and place?"""
     speed_and_place = {"threads", "prefetch_bytes", "resident_bytes", "checkpoint_every", "keep", "log_every"}
     speed_and_place |= {"checkpoint_layers"}
+    speed_and_place |= {"cache", "data_timeout_s"}
     assert fp.training(TrainConfig()).keys() | speed_and_place == TrainConfig.model_fields.keys()
     assert fp.training(TrainConfig()).keys().isdisjoint(speed_and_place)
 

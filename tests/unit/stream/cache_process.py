@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gkd_dist.storage import Storage
 from gkd_dist.storage.local import LocalBackend
-from gkd_dist.stream.cache import CachedStorage
+from gkd_dist.stream.cache import CachedStorage, NodeCache
 
 
 class SlowBackend(LocalBackend):
@@ -42,7 +42,7 @@ def read_at_once(root: str, budget_bytes: int, barrier, results) -> None:  # typ
     """Reads all objects of ``root`` when all processes are ready; reports (size, digest) of each."""
     entries = pickle.loads((Path(root) / "entries").read_bytes())
     store = open_store(Path(root), delay_s=0.3)  # long enough for all to find the cache empty
-    storage = CachedStorage(store, entries, Path(root) / "cache", budget_bytes)
+    storage = CachedStorage(store, entries, NodeCache(Path(root) / "cache", budget_bytes))
     barrier.wait(60)
     found = []
     for entry in entries:

@@ -9,10 +9,11 @@ import os
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cache_process import open_store, read_at_once
+from cache_process import SlowBackend, open_store, read_at_once
 
 from gkd_dist.errors import ObjectNotFoundError, ShardError
 from gkd_dist.shards.manifest import ObjectEntry
@@ -20,7 +21,7 @@ from gkd_dist.shards.reader import read_shard
 from gkd_dist.shards.writer import write_shard
 from gkd_dist.storage import Storage
 from gkd_dist.storage.local import LocalBackend
-from gkd_dist.stream.cache import CachedStorage, _locked
+from gkd_dist.stream.cache import CachedStorage, NodeCache, locked
 
 
 class Node:
@@ -35,9 +36,8 @@ class Node:
         self.log.touch()
 
     def open(self, budget_bytes: int = 1 << 20, delay_s: float = 0.0, lock_timeout_s: float = 30.0) -> CachedStorage:
-        return CachedStorage(
-            open_store(self.root, delay_s), self.entries, self.root / "cache", budget_bytes, lock_timeout_s
-        )
+        cache = NodeCache(self.root / "cache", budget_bytes, lock_timeout_s)
+        return CachedStorage(open_store(self.root, delay_s), self.entries, cache)
 
     def downloads(self) -> list[str]:
         return self.log.read_text().split()
@@ -139,6 +139,12 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def flip_first(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[500] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("damage", [flip, lambda path: os.truncate(path, 100)], ids=["flipped", "truncated"])
 def test_a_damaged_copy_is_downloaded_again(node: Node, damage, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
     node.open().read(node.entries[0].key)
@@ -148,19 +154,29 @@ def test_a_damaged_copy_is_downloaded_again(node: Node, damage, caplog: pytest.L
     assert "is damaged; downloading" in caplog.text
 
 
+@pytest.mark.parametrize("names", [None, ["x"]], ids=["whole", "named"])
+@pytest.mark.parametrize("damage", [flip_first, lambda path: os.truncate(path, 600)], ids=["flipped", "truncated"])
+def test_a_copy_damaged_after_it_was_checked_is_downloaded_again(node: Node, damage, names) -> None:  # type: ignore[no-untyped-def]
+    storage = node.open()
+    assert_reads(storage, node.entries[0], node.tensors[0])
+    damage(node.path(0))
+    assert torch.equal(read_shard(storage, node.entries[0], names)["x"], node.tensors[0]["x"])
+    assert len(node.downloads()) == 2
+
+
 def test_what_was_damaged_on_its_way_is_downloaded_once_more(
     node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, reads = LocalBackend.read, 0
+    real, reads = SlowBackend.read_into, 0
 
-    def read(self: LocalBackend, path: str, start: int, stop: int | None) -> bytes:
+    def read_into(self: SlowBackend, path: str, view: memoryview, start: int) -> int:
         nonlocal reads
         reads += 1
-        data = bytearray(real(self, path, start, stop))
-        data[-1] ^= reads == 1
-        return bytes(data)
+        count = real(self, path, view, start)
+        view[count - 1] ^= reads == 1
+        return count
 
-    monkeypatch.setattr(LocalBackend, "read", read)
+    monkeypatch.setattr(SlowBackend, "read_into", read_into)
     assert_reads(node.open(), node.entries[0], node.tensors[0])
     assert reads == 2
     assert "arrived altered: reading it once more" in caplog.text
@@ -186,7 +202,7 @@ class FullDisk(LocalBackend):
 def test_a_full_disk_is_said_once_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     node = Node(tmp_path, count=2)
     storage = node.open()
-    storage._disk = FullDisk()
+    storage.cache.disk = FullDisk()
     with caplog.at_level(logging.WARNING):
         for index in (0, 1, 0):
             assert_reads(storage, node.entries[index], node.tensors[index])
@@ -206,8 +222,8 @@ def test_a_stuck_download_of_another_process_is_not_waited_for_forever(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = node.open(lock_timeout_s=0.1)
-    with _locked(storage._lock_path(node.entries[0]), 1.0) as locked:
-        assert locked
+    with locked(storage.cache.lock_path(node.entries[0]), 1.0) as mine:
+        assert mine
         started = time.monotonic()
         assert_reads(storage, node.entries[0], node.tensors[0])
         assert time.monotonic() - started < 5
@@ -234,3 +250,44 @@ def test_eight_processes_never_see_a_short_file(tmp_path: Path, objects_in_budge
     assert found == [[(entry.num_bytes, entry.sha256) for entry in node.entries]] * 8
     if objects_in_budget == 2:
         assert sorted(node.downloads()) == sorted(entry.key for entry in node.entries)
+
+
+# --- the rest of the disk --------------------------------------------------------------------
+
+
+def test_some_of_the_disk_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with room for one object beside what is left free: the second one takes the place of the first."""
+    node = Node(tmp_path, count=2)
+    total = 100 * node.size
+
+    def usage(folder: Path) -> SimpleNamespace:
+        used = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+        return SimpleNamespace(total=total, free=6.5 * node.size - used)
+
+    monkeypatch.setattr("gkd_dist.stream.cache.shutil.disk_usage", usage)
+    storage = node.open()
+    for index in (0, 1):
+        assert_reads(storage, node.entries[index], node.tensors[index])
+    assert node.cached() == {node.entries[1].sha256}
+
+
+def test_stores_of_one_process_say_once_that_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    node = Node(tmp_path, count=2)
+    first = node.open()
+    first.cache.disk = FullDisk()
+    second = CachedStorage(open_store(tmp_path), node.entries, first.cache)
+    with caplog.at_level(logging.WARNING):
+        assert_reads(first, node.entries[0], node.tensors[0])
+        assert_reads(second, node.entries[1], node.tensors[1])
+    assert caplog.text.count("cannot cache in") == 1
+
+
+def test_a_folder_that_can_only_be_read_serves_what_it_has(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_reads(node.open(), node.entries[0], node.tensors[0])
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert_reads(node.open(), node.entries[0], node.tensors[0])
+    assert len(node.downloads()) == 1

@@ -13,10 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkd_dist.errors import ShardError
+from gkd_dist.errors import ShardError, StudentError
 from gkd_dist.graph import Batch, LocalGraph
+from gkd_dist.stream import ahead
 from gkd_dist.stream.order import Position, StreamPlan
-from gkd_dist.stream.prefetch import Prefetcher, pinned
+from gkd_dist.stream.pinned import pinned
+from gkd_dist.stream.prefetch import Prefetcher
+from gkd_dist.stream.resident import held_bytes
 
 SIZE = 100  # bytes of every unit in these tests
 
@@ -105,6 +108,58 @@ def test_reads_ahead_within_the_budget_but_at_least_one(budget: int, ahead: int)
             next(batches)
 
 
+def test_what_loading_takes_is_part_of_the_budget() -> None:
+    """Room for three batches, but not for a second load beside the first: loads take turns."""
+    running, most, lock = 0, 0, threading.Lock()
+
+    def load(unit: int) -> Batch:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return batch_of(unit)
+
+    for extra, expected in ((0, 2), (SIZE + 1, 1)):
+        most = 0
+        with Prefetcher(
+            load, places([0, 1, 2, 3]), 3 * SIZE, 0, lambda unit: SIZE, extra_of=lambda unit, extra=extra: extra
+        ) as batches:
+            assert [batch.unit for _, batch in batches] == [0, 1, 2, 3]
+        assert most == expected
+
+
+def test_a_load_that_is_done_makes_room_again() -> None:
+    load = Loader()
+    with Prefetcher(load, places([0, 1, 2, 3]), 4 * SIZE, 0, lambda unit: SIZE, extra_of=lambda unit: SIZE) as batches:
+        wait_until(lambda: len(load.loads) == 3)  # the third once both others are loaded
+        assert [batch.unit for _, batch in batches] == [0, 1, 2, 3]
+
+
+def test_what_is_derived_from_a_batch_counts() -> None:
+    """A matrix that a model makes of a resident batch is as real as the batch: one of both has to go."""
+    load = Loader()
+    with Prefetcher(load, places([0, 1, 0, 1]), 0, 2 * SIZE, lambda unit: SIZE, num_threads=1) as batches:
+        for _ in range(2):
+            batch = next(batches)[1]
+        batch.graph.derived("large", lambda: torch.zeros(SIZE))
+        batches.settle()
+        assert [batch.unit for _, batch in batches] == [0, 1]
+    assert load.loads == [0, 1, 1], "the one that grew is larger than all that may be kept"
+
+
+def test_bytes_are_counted_once_and_with_what_was_derived() -> None:
+    batch = batch_of(0)
+    before = held_bytes(batch)
+    shared = batch.graph.in_degree
+    batch.graph.derived("view", lambda: {"all": shared[:1], "again": (shared, [shared])})
+    assert held_bytes(batch) == before
+    batch.graph.derived("new", lambda: (torch.zeros(100), torch.zeros(5, dtype=torch.float64)))
+    assert held_bytes(batch) == before + 440
+
+
 def test_a_small_graph_is_decoded_once() -> None:
     load = Loader()
     with stream(load, [0, 1, 2] * 5, resident=3 * SIZE) as batches:
@@ -139,6 +194,41 @@ def test_waiting_for_data_is_measured() -> None:
         time.sleep(0.2)  # the consumer computes; the data is there when it asks
         next(batches)
         assert batches.wait_s < 0.1
+
+
+def test_a_load_that_stalls_ends_with_a_sentence() -> None:
+    release = threading.Event()
+
+    def load(unit: int) -> Batch:
+        if unit == 1:
+            release.wait(20)
+        return batch_of(unit)
+
+    batches = Prefetcher(
+        load, places([0, 1]), 0, 0, lambda unit: SIZE, timeout_s=0.2, who="rank 3 of 4",
+        name_of=lambda unit: f"unit {unit} (s3://b/part-00001)",
+    )  # fmt: skip
+    with batches:
+        next(batches)
+        started = time.monotonic()
+        with pytest.raises(
+            StudentError,
+            match=r"rank 3 of 4: unit 1 \(s3://b/part-00001\) of epoch 0, step 1 was not read within 0.2 s; check .*",
+        ):
+            next(batches)
+        with pytest.raises(RuntimeError, match="stream is closed"):
+            next(batches)
+    assert time.monotonic() - started < 5, "nobody waits for the thread that hangs"
+    release.set()
+
+
+def test_a_long_wait_is_said_while_it_lasts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ahead, "_SAY_S", 0.05)
+    with Prefetcher(
+        Loader(delay_s=0.3), places([0]), 0, 0, lambda unit: SIZE, timeout_s=20, who="rank 1 of 2"
+    ) as batches:
+        next(batches)
+    assert "rank 1 of 2: 0 of epoch 0, step 0 has taken 0 s so far" in caplog.text
 
 
 # --- faults ----------------------------------------------------------------------------------
