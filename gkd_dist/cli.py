@@ -1,7 +1,7 @@
 """``gkd``: parse, load the configuration, call; one clean line and an exit code for every error.
 
 Exit codes: 0 done, 1 unexpected, 2 configuration, 3 data, 4 infrastructure (a launcher may try
-again), 130 interrupted.
+again), 130 interrupted, 143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from gkd_dist import flow
 from gkd_dist.config import Config
 from gkd_dist.config_file import config_schema, dump_config, load_config
-from gkd_dist.errors import ConfigError, GkdError
+from gkd_dist.errors import ConfigError, GkdError, Terminated
 
 _EPILOG = """\
-exit codes: 0 done, 2 wrong configuration, 3 wrong data, 4 infrastructure (try again), 130 interrupted
+exit codes: 0 done, 2 wrong configuration, 3 wrong data, 4 infrastructure (try again), 130 interrupted, 143 SIGTERM
 overrides:  dotted.key=value, e.g. distill.num_workers=4 losses.1.weight=10
 """
 
@@ -61,10 +61,10 @@ def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[s
             raise
         print(f"gkd: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         command = shlex.join(["gkd", *_without_redo(arguments)])
         print(f"\ngkd: interrupted; nothing is lost, go on with: {command}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stopped, Terminated) else 130
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -87,8 +87,8 @@ def _without_redo(arguments: list[str]) -> list[str]:
 
 
 def _terminated(signum: int, frame: object) -> None:
-    """SIGTERM ends a run like Ctrl-C does: processes are ended, the run can go on."""
-    raise KeyboardInterrupt
+    """SIGTERM ends a run like Ctrl-C does: processes are ended, the run can go on. Training keeps a checkpoint."""
+    raise Terminated
 
 
 # --- the parser ------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def driving(
             for storage in (session.run, session.graph, session.knowledge):
                 storage.check_writable()
             owner = stack.enter_context(Ownership(session.run, take_over))
-            session.check_ownership = owner.check
+            session.check_ownership, session.owner = owner.check, owner.token
             if save_config:
                 session.run.write(layout.CONFIG, dump_config(config).encode())
         yield session

@@ -19,6 +19,7 @@
         TeacherError                  inference actors
         StudentError                  training workers
           NonFiniteLossError          a loss that is NaN or infinite
+        TerminatedError           143 SIGTERM, after a last checkpoint
 
 A message has four parts where they apply: what, what was found, what was expected, and the next
 action, which always ends it. Classes keep a single positional argument, so that they survive
@@ -104,3 +105,13 @@ class NonFiniteLossError(StudentError):
     """A loss became NaN or infinite; training stopped before the optimizer saw it."""
 
     exit_code = 3
+
+
+class TerminatedError(InfrastructureError):
+    """SIGTERM came: training kept a checkpoint of its last step and ended."""
+
+    exit_code = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where there is nothing to keep first: ends the command at once, like Ctrl-C does."""

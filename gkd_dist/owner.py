@@ -74,6 +74,11 @@ class Ownership:
     ) -> None:
         self.release()
 
+    @property
+    def token(self) -> str:
+        """What stands in ``owner.json`` as long as this driver holds the run."""
+        return self._mine.token
+
     def acquire(self) -> None:
         """Takes the run and starts the heartbeat; see the class for errors."""
         now = time.time()
@@ -154,6 +159,20 @@ class Ownership:
                 "pass --take-over if no other driver is running"
             )
         return owner
+
+
+def check_owner(storage: Storage, token: str) -> None:
+    """`OwnershipError` unless the driver with this token holds the run; for its workers, one small read."""
+    try:
+        found = storage.read_json(layout.OWNER)
+    except (ObjectNotFoundError, JsonError):
+        found = None
+    owner = _parse(found)
+    if owner is None or owner.token != token:
+        raise OwnershipError(
+            f"the driver of this worker no longer owns {storage.url}: {owner or 'nobody'} does; nothing more is "
+            "written here, let the other driver finish"
+        )
 
 
 def _parse(value: object) -> Owner | None:

@@ -42,7 +42,7 @@ def check_devices(config: Config) -> None:
 
 def _check_local_gpus(config: Config) -> None:
     infer, distill = config.infer, config.distill
-    wanted = max(infer.num_actors * infer.gpus_per_actor, distill.num_workers * distill.gpus_per_worker)
+    wanted = max(infer.num_actors * infer.gpus_per_actor, distill.min_workers * distill.gpus_per_worker)
     if not wanted or not is_local(config):
         return  # a cluster is asked when it answers
     import torch

@@ -34,6 +34,7 @@ class Session:
     run: Storage
     progress: Progress
     check_ownership: Callable[[], None] = _nothing
+    owner: str = ""  # token of this driver; empty: it owns nothing
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _ray: bool = False
     _pool: ActorPool | None = None
@@ -150,13 +151,15 @@ def needed_resources(config: Config) -> tuple[float, float]:
     """(CPUs, GPUs) that the run takes at a time.
 
     The CPUs of a local Ray are a count, not hardware: there idle actors may stay while students
-    train. A cluster is asked for what its largest stage takes.
+    train. A cluster is asked for what its largest stage takes. Of workers [min, max] there is room for all on a
+    local Ray; a cluster is asked for the fewest.
     """
     infer, distill = config.infer, config.distill
-    workers = distill.num_workers if distill.launcher == "ray" else 0
+    counted = is_local(config) and config.ray.num_cpus is None
+    workers = (distill.max_workers if counted else distill.min_workers) if distill.launcher == "ray" else 0
     cpus = (infer.num_actors * infer.cpus_per_actor, workers * distill.cpus_per_worker)
     gpus = max(infer.num_actors * infer.gpus_per_actor, workers * distill.gpus_per_worker)
-    return (sum(cpus) if is_local(config) and config.ray.num_cpus is None else max(cpus)), gpus
+    return (sum(cpus) if counted else max(cpus)), gpus
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def _train_teacher(session: Session) -> None:
         config.teacher.features,
     )
     with session.progress.task(f"teach{_of_which(session)}", total=config.teacher.train.epochs) as bar:
-        train_inline(session.run, task, _follow(bar))
+        train_inline(session.run, task, _follow(bar), owns_run=session.check_ownership)
 
 
 def _of_which(session: Session) -> str:
@@ -445,10 +445,10 @@ def distill(session: Session) -> None:
     config = session.config.distill
     tasks = student_tasks(session)
     warn_of_little_halo(session.config, open_graph(session))
+    job = TrainJob(session.run, tasks, config, session.owner)
     if config.launcher in ("torchrun", "deepspeed"):
-        _distill_in_group(TrainJob(session.run, tasks, config))
+        _distill_in_group(job)
         return
-    job = TrainJob(session.run, tasks, config)
     with session.progress.task("distill", total=config.epochs * len(tasks)) as bar:
         follow = _follow_many(bar, config.epochs, [task.name for task in tasks])
         if config.launcher == "inline":
@@ -472,7 +472,7 @@ def _say_cache(task: Any) -> None:
 
 def _distill_in_group(job: Any) -> None:
     """This process is one rank of a group that torchrun or the deepspeed launcher started."""
-    from gkd_dist.distill.job import run_job
+    from gkd_dist.distill.job import run_in_group
     from gkd_dist.distill.watch import report_to_store
     from gkd_dist.world import World
 
@@ -482,11 +482,7 @@ def _distill_in_group(job: Any) -> None:
             f"the launcher started {world.world_size} processes, distill.num_workers is {job.config.num_workers}; "
             f"set distill.num_workers={world.world_size}"
         )
-    world.connect(job.config.collective_timeout_s)
-    try:
-        run_job(job, world, lambda task: report_to_store(task.output))
-    finally:
-        world.disconnect()
+    run_in_group(job, world, lambda task: report_to_store(task.output))
 
 
 def _follow_many(bar: Any, epochs: int, names: list[str]) -> Any:

@@ -7,7 +7,7 @@ test can be rank 3 of 8 in a single process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +20,26 @@ from torch._C._distributed_c10d import HashStore
 from gkd_dist.errors import ConfigError, StudentError
 
 
+def _unknown() -> str:
+    return ""
+
+
+@dataclass
+class Place:
+    """Where a rank is in its work, for messages; whoever works there writes it, other threads read it."""
+
+    doing: str = ""
+    step: int | None = None
+    unit: int | None = None
+    others: Callable[[], str] = _unknown  # where the other ranks were last seen, as a sentence
+
+    def __str__(self) -> str:
+        words = [self.doing] if self.doing else []
+        words += [f"step {self.step}"] if self.step is not None else []
+        words += [f"unit {self.unit}"] if self.unit is not None else []
+        return ", ".join(words)
+
+
 @dataclass(frozen=True)
 class World:
     """``rank`` of ``world_size`` processes, ``local_rank`` on its machine, and its device."""
@@ -28,6 +48,7 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    place: Place = field(default_factory=Place, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -101,10 +122,32 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise StudentError(
-                f"rank {self.rank} of {self.world_size} waited in vain for its peers ({_first_line(error)}); "
-                "look at the logs of the other ranks, then run the same command again"
-            ) from error
+            raise self._in_vain(error) from error
+
+    @contextmanager
+    def facing_peers(self) -> Iterator[None]:
+        """The same around work with collectives of others in it, which has errors of its own, too."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_peers(error):
+                raise
+            raise self._in_vain(error) from error
+
+    def _in_vain(self, error: RuntimeError) -> StudentError:
+        where, others = str(self.place), self.place.others()
+        return StudentError(
+            f"rank {self.rank} of {self.world_size} waited in vain for its peers{f' ({where})' if where else ''}: "
+            f"{_first_line(error)}; {f'{others}; ' if others else ''}look at the logs of the other ranks, then run the "
+            "same command again"
+        )
+
+    def mailbox(self) -> dist.Store:
+        """A connection of its own to the store through which the ranks have found each other.
+
+        For a thread that may have to wait there, which must not keep the others waiting.
+        """
+        return dist.distributed_c10d._get_default_store().clone()
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -113,3 +156,9 @@ class World:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _is_of_peers(error: RuntimeError) -> bool:
+    """Whether a collective failed, and not the arithmetic around it: gloo's errors have no type of their own."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection closed by"))

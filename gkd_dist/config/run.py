@@ -51,6 +51,7 @@ class Config(Section):
                     _check_layer(f"losses.{index}.teacher_layer: {who}", loss.teacher_layer, teacher.model)
                 _check_layer(f"losses.{index}.student_layer: ", loss.student_layer, self.student.model)
         self._check_features()
+        self._check_elastic()
         if self.distill.launcher == "inline" and self.distill.num_workers != 1:
             raise ValueError(
                 f"distill.launcher inline is one process (got distill.num_workers {self.distill.num_workers}); "
@@ -67,6 +68,28 @@ class Config(Section):
                 "and distill.num_workers=1, or use a file or object store URL"
             )
         return self
+
+    def _check_elastic(self) -> None:
+        """A group of changing size is started again for each change, which only Ray Train does."""
+        distill = self.distill
+        if isinstance(distill.num_workers, int):
+            return
+        given = list(distill.num_workers)
+        if distill.launcher != "ray":
+            raise ValueError(
+                f"distill.num_workers {given} changes while the students train, which distill.launcher "
+                f"{distill.launcher} cannot; give one number, or set distill.launcher=ray"
+            )
+        if distill.max_failures == 0:
+            raise ValueError(
+                f"distill.num_workers {given} needs restarts of the worker group, but distill.max_failures is 0; raise "
+                "it, or give one number"
+            )
+        if not distill.cpus_per_worker and not distill.gpus_per_worker:
+            raise ValueError(
+                f"distill.num_workers {given} follows the room in the cluster, but workers without CPUs and GPUs take "
+                "none; set distill.cpus_per_worker=1, or give one number"
+            )
 
     def _check_teachers(self) -> None:
         names = [teacher.name for teacher in self.all_teachers()]

@@ -141,7 +141,10 @@ class DistillConfig(TrainConfig):
     """Training of the student on many workers."""
 
     launcher: Literal["ray", "torchrun", "deepspeed", "inline"] = "ray"
-    num_workers: Positive = 2
+    num_workers: Positive | tuple[Positive, Positive] = Field(
+        2, description="processes that train together; [min, max]: as many as the Ray cluster has room for"
+    )
+    resize_every_s: PositiveFloat = Field(60.0, description="pause between looks for room for more, of [min, max]")
     gpus_per_worker: NonNegative = 0
     cpus_per_worker: NonNegativeFloat = 1
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -150,7 +153,26 @@ class DistillConfig(TrainConfig):
     halo: Literal["hops"] = Field("hops", description="how halo activations come about: recomputed from stored hops")
     max_failures: NonNegative = Field(3, description="restarts of the worker group")
     collective_timeout_s: PositiveFloat = Field(300.0, description="bound of every wait between ranks")
+    peer_timeout_s: PositiveFloat = Field(25.0, description="silence after which a rank counts as dead")
+    stop_timeout_s: PositiveFloat = Field(25.0, description="patience with the last checkpoint after SIGTERM, with ray")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="keys handed to DeepSpeed after a check")
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers that train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @field_validator("num_workers")
+    @classmethod
+    def _num_workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(value, int) and value[0] > value[1]:
+            raise ValueError(f"[min, max] needs min <= max (got {list(value)}); swap them")
+        return value
 
     @field_validator("deepspeed")
     @classmethod

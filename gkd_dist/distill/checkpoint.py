@@ -2,18 +2,22 @@
 
 ::
 
+    checkpoints/writer.json                    who may write here, see `saving`
     checkpoints/latest.json                    steps that are committed, oldest first
-    checkpoints/step-00000500/state.safetensors   model/..., best/..., optimizer/<parameter>/<key>
-    checkpoints/step-00000500/COMMIT.json         digests, position, early stopping, sigmas
+    checkpoints/step-00000500/state-<sha8>.safetensors   model/..., best/..., optimizer/<parameter>/<key>
+    checkpoints/step-00000500/COMMIT.json      digests, position, early stopping, sigmas
 
 A checkpoint counts once ``COMMIT.json`` is there and its digest fits; a damaged one is passed over
-for the one before it.
+for the one before it. Its data are named by their content, so that two writers that do not know of
+each other never mix: the commit that stays names the data that belong to it. The best weights so
+far are in every checkpoint, so no number of newer ones can push them out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +30,9 @@ from gkd_dist.shards.seal import SEAL, is_sealed, sealed
 from gkd_dist.storage import Storage
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 2  # 1 had no seal
+FORMAT_VERSION = 3  # 1 had no seal, 2 did not name its data
 LATEST = f"{layout.CHECKPOINTS}/latest.json"
+_UNNAMED = "state.safetensors"  # data of versions 1 and 2
 
 
 @dataclass
@@ -50,24 +55,49 @@ _GROUPS = ("model", "best", "optimizer")
 _PLAIN = ("position", "global_step", "best_metric", "best_epoch", "bad_evals", "sigmas", "stopped")
 
 
-def save_checkpoint(storage: Storage, state: TrainState, fingerprint: str, keep: int) -> None:
-    """Writes the checkpoint of ``state.global_step`` and drops all but the last ``keep``."""
+def _anyone() -> None:
+    """Where there is one writer, nobody has to be asked."""
+
+
+def save_checkpoint(
+    storage: Storage, state: TrainState, fingerprint: str, keep: int, may_commit: Callable[[], None] = _anyone
+) -> None:
+    """Writes the checkpoint of ``state.global_step`` and drops all but the last ``keep``.
+
+    ``may_commit`` is called before each write that makes or unmakes a checkpoint; what it raises
+    leaves those that are there as they are.
+    """
     folder = layout.checkpoint(state.global_step)
     tensors = {f"{group}/{name}": value for group in _GROUPS for name, value in getattr(state, group).items()}
     data = encode({name: value.contiguous() for name, value in tensors.items()})
-    storage.write(f"{folder}/state.safetensors", data)
+    digest = hashlib.sha256(data).hexdigest()
     document = {
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint,
+        "data": f"state-{digest[:8]}.safetensors",
         "num_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": digest,
         **{name: getattr(state, name) for name in _PLAIN},
     }
+    storage.write(f"{folder}/{document['data']}", data)
+    may_commit()
     storage.write_json(f"{folder}/{layout.COMMIT}", sealed(document))
+    may_commit()
     steps = [step for step in committed_steps(storage) if step != state.global_step] + [state.global_step]
     storage.write_json(LATEST, steps[-keep:])
     for step in steps[:-keep]:
         storage.delete_tree(layout.checkpoint(step))
+
+
+def delete_uncommitted(storage: Storage) -> list[str]:
+    """Removes what writers that were killed have left: folders of steps that are not in ``latest.json``."""
+    listed = {layout.checkpoint(step) for step in committed_steps(storage)}
+    keys = storage.list(layout.CHECKPOINTS) + storage.list(layout.CHECKPOINTS, leftovers=True)
+    folders = {"/".join(key.split("/")[:2]) for key in keys if key.startswith(f"{layout.CHECKPOINTS}/step-")}
+    orphans = sorted(folders - listed)
+    for folder in orphans:
+        storage.delete_tree(folder)
+    return orphans
 
 
 def committed_steps(storage: Storage) -> list[int]:
@@ -102,7 +132,7 @@ def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:
         raise DataError("COMMIT.json does not match its seal")
     if commit["fingerprint"] != fingerprint:
         return None
-    data = storage.read(f"{folder}/state.safetensors")
+    data = storage.read(f"{folder}/{commit['data'] if version > 2 else _UNNAMED}")
     if len(data) != commit["num_bytes"] or hashlib.sha256(data).hexdigest() != commit["sha256"]:
         raise DataError("size or digest differ from COMMIT.json")
     state = TrainState(**{name: commit[name] for name in _PLAIN})

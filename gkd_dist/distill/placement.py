@@ -3,62 +3,107 @@
 The workers share nothing with the driver but the stores: models, checkpoints and progress are
 read from there. A worker group that loses a member is started again by Ray Train and goes on from
 the last checkpoint. An error that a restart cannot mend (bad data, a loss that is not finite) is left
-in the store and raised by the driver as what it was.
+in the store and raised by the driver as what it was. A driver that gets SIGTERM leaves a request
+there, which all ranks obey after the same step, and waits for the checkpoint that they keep.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from gkd_dist import errors
-from gkd_dist.distill.job import TrainJob, run_job
+from gkd_dist.distill.beacon import end_process
+from gkd_dist.distill.checkpoint import committed_steps
+from gkd_dist.distill.job import TrainJob, run_job, watched
 from gkd_dist.distill.relay import WarningReader, warnings_to_store
 from gkd_dist.distill.trainer import TrainTask, is_trained
 from gkd_dist.distill.watch import PROGRESS, TrainProgress, report_to_store
-from gkd_dist.errors import GkdError, InfrastructureError, ObjectNotFoundError, StorageError, StudentError
+from gkd_dist.distill.wishes import Wishes, on_sigterm
+from gkd_dist.errors import (
+    GkdError,
+    InfrastructureError,
+    ObjectNotFoundError,
+    OwnershipError,
+    StorageError,
+    StudentError,
+    TerminatedError,
+)
 from gkd_dist.storage import Storage
 from gkd_dist.world import World
 
 log = logging.getLogger(__name__)
-_FAILURE = "failure.json"
 _POLL_S = 1.0
+
+
+def _failure(job: TrainJob) -> str:
+    """Where workers leave what a restart cannot mend. Each driver has a place of its own, so that those of one that
+    has lost the run end nobody else's."""
+    return f"failure-{job.owner[:8] or 'any'}.json"
+
+
+def _stop(job: TrainJob) -> str:
+    """What the driver writes to end its workers after their step."""
+    return f"stop-{job.owner[:8] or 'any'}.json"
+
+
+def _trouble(job: TrainJob) -> str:
+    """What a worker says before it ends its own process, and with it, the group."""
+    return f"trouble-{job.owner[:8] or 'any'}.json"
 
 
 def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> None:
     """Trains the job's models on ``num_workers`` Ray workers; Ray must be connected.
 
     Raises the worker's own error where a restart cannot mend it, `StudentError` where
-    ``max_failures`` restarts were not enough.
+    ``max_failures`` restarts were not enough, `TerminatedError` after SIGTERM.
     """
-    folder = job.tasks[0].output
-    _delete(folder, _FAILURE)
+    folder, asked = job.tasks[0].output, threading.Event()
+    for key in (_failure(job), _stop(job), _trouble(job)):
+        _delete(folder, key)
+    _bound_waits(job)
     scratch = tempfile.mkdtemp(prefix="gkd-ray-train-")
     try:
-        with _following(job, on_progress):
-            _interruptible(lambda: _fit(job, scratch))
+        with on_sigterm(asked.set), _following(job, on_progress, asked):
+            _interruptible(lambda: _fit(job, scratch), asked, job.config.stop_timeout_s)
     except GkdError:
         raise
     except Exception as error:
         raise _translate(error, job.config.max_failures) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _raise_failure(folder)
+        for key in (_stop(job), _trouble(job)):
+            _delete(folder, key)
+    _raise_failure(job)
     missing = [task.name for task in job.tasks if not is_trained(task.output, task.fingerprint)]
+    if missing and asked.is_set():
+        raise _terminated(job, missing[0])
     if missing:
         raise StudentError(f"training ended without a model for {', '.join(missing)}; run the same command again")
 
 
-def _interruptible(work: Callable[[], None]) -> None:
+def _terminated(job: TrainJob, name: str) -> TerminatedError:
+    kept = next((committed_steps(task.output) for task in job.tasks if task.name == name), [])
+    where = f"after step {kept[-1]}, which is kept" if kept else "before its first checkpoint"
+    return TerminatedError(
+        f"training of {name} was asked to stop (SIGTERM) and did so {where}; run the same command again, it goes on "
+        "from there"
+    )
+
+
+def _interruptible(work: Callable[[], None], asked: threading.Event, patience_s: float) -> None:
     """Does ``work`` in a thread and waits for it, so that Ctrl-C stays a `KeyboardInterrupt` here.
 
-    In the main thread Ray Train takes SIGINT for itself and ends the process without a word.
+    In the main thread Ray Train takes SIGINT for itself and ends the process without a word. Once it
+    was ``asked`` to end, work that does not within ``patience_s`` is left behind.
     """
     raised: list[BaseException] = []
 
@@ -70,7 +115,16 @@ def _interruptible(work: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, name="gkd-ray-train", daemon=True)
     thread.start()
-    thread.join()
+    deadline = math.inf
+    while thread.is_alive():
+        thread.join(0.2)
+        if asked.is_set() and deadline == math.inf:
+            deadline = time.monotonic() + patience_s
+        if time.monotonic() > deadline:
+            raise TerminatedError(
+                f"the workers did not stop within {patience_s:g} s of SIGTERM (distill.stop_timeout_s) and are ended "
+                "in the middle of their work; run the same command again, it goes on from the last checkpoint"
+            )
     if raised:
         raise raised[0]
 
@@ -88,7 +142,10 @@ def _fit(job: TrainJob, scratch: str) -> None:
         _worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=config.num_workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.resize_every_s,
         ),
         torch_config=TorchConfig(
             backend="nccl" if config.gpus_per_worker else "gloo", timeout_s=int(config.collective_timeout_s)
@@ -101,6 +158,12 @@ def _fit(job: TrainJob, scratch: str) -> None:
         ),
     )
     trainer.fit()
+
+
+def _bound_waits(job: TrainJob) -> None:
+    """Ray Train passes these on to its controller and workers; by default it waits 10 minutes, or for ever."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{max(30.0, job.config.peer_timeout_s):g}")
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", f"{job.config.collective_timeout_s:g}")
 
 
 def _worker_env(job: TrainJob) -> dict[str, str]:
@@ -118,31 +181,90 @@ def _worker(loop_config: dict[str, Any]) -> None:
     """Body of one worker: Ray Train has already formed the process group."""
     job: TrainJob = loop_config["job"]
     folder = job.tasks[0].output
-    if folder.exists(_FAILURE):
+    if folder.exists(_failure(job)):
         return  # a restart after an error that a restart cannot mend
-    world = World.from_env(use_gpu=job.config.gpus_per_worker > 0)
+    world, wishes = World.from_env(use_gpu=job.config.gpus_per_worker > 0), Wishes()
     try:
-        with warnings_to_store(folder, world.rank):
-            run_job(job, world, lambda task: report_to_store(task.output))
+        with (
+            warnings_to_store(folder, world.rank),
+            watched(job, world, lambda sentence: _give_up(job, sentence)),
+            _listening(job, world, wishes),
+        ):
+            run_job(job, world, lambda task: report_to_store(task.output), wishes)
+    except TerminatedError as end:
+        log.info("%s", end)  # the driver has asked for it and looks for what was kept
     except InfrastructureError as error:
-        if isinstance(error, errors.NonFiniteLossError):
-            _leave_failure(folder, error)
+        if isinstance(error, errors.NonFiniteLossError | OwnershipError):
+            _leave_failure(job, error)
         raise
     except GkdError as error:
-        _leave_failure(folder, error)
+        _leave_failure(job, error)
         raise
 
 
-def _leave_failure(folder: Storage, error: GkdError) -> None:
-    folder.write_json(_FAILURE, {"kind": type(error).__name__, "message": str(error)})
+def _give_up(job: TrainJob, sentence: str) -> None:
+    """Ends this worker; Ray Train starts the group again."""
+    with suppress(StorageError):
+        job.tasks[0].output.write_json(_trouble(job), {"message": sentence})
+    end_process(sentence)
 
 
-def _raise_failure(folder: Storage) -> None:
+@contextmanager
+def _listening(job: TrainJob, world: World, wishes: Wishes) -> Iterator[None]:
+    """Passes on what is asked of this rank from outside: the driver's request to stop, on rank 0, and the notice that
+    a node goes away, on each."""
+    ended, folder = threading.Event(), job.tasks[0].output
+
+    def listen() -> None:
+        noticed = False
+        while not ended.wait(_POLL_S):
+            if not noticed and _is_preempted():
+                noticed = True
+                log.warning("a node of this worker group is going away: keeping a checkpoint")
+                wishes.ask_to_save()
+            if world.is_main and not wishes.stop and _is_there(folder, _stop(job)):
+                wishes.ask_to_stop()
+
+    thread = threading.Thread(target=listen, name="gkd-listen", daemon=True)
+    thread.start()
     try:
-        failure = folder.read_json(_FAILURE)
+        yield
+    finally:
+        ended.set()
+
+
+def _is_preempted() -> bool:
+    """Whether Ray has told this worker that a node of its group is being drained.
+
+    ``ray.train.get_preemption_info()`` says the same after a barrier of all workers, which a step must
+    not wait for: ours agree with the counts of their step.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context.preemption_info is not None
+    except (ImportError, AttributeError, RuntimeError):
+        return False
+
+
+def _is_there(folder: Storage, key: str) -> bool:
+    try:
+        return folder.exists(key)
+    except StorageError:
+        return False  # asked again in a second
+
+
+def _leave_failure(job: TrainJob, error: GkdError) -> None:
+    job.tasks[0].output.write_json(_failure(job), {"kind": type(error).__name__, "message": str(error)})
+
+
+def _raise_failure(job: TrainJob) -> None:
+    folder = job.tasks[0].output
+    try:
+        failure = folder.read_json(_failure(job))
     except (ObjectNotFoundError, ValueError):
         return
-    _delete(folder, _FAILURE)
+    _delete(folder, _failure(job))
     kind = getattr(errors, str(failure.get("kind")), StudentError)
     raise kind(str(failure.get("message")))
 
@@ -169,13 +291,17 @@ def _last_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> Iterator[None]:
-    """Reads the workers' progress from the store while they train."""
-    stop, warnings = threading.Event(), WarningReader(job.tasks[0].output, job.config.num_workers)
+def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], asked: threading.Event) -> Iterator[None]:
+    """Reads the workers' progress from the store while they train, and leaves the request to stop there."""
+    stop, warnings = threading.Event(), WarningReader(job.tasks[0].output, job.config.max_workers)
 
     def follow() -> None:
+        left = False
         while not stop.wait(_POLL_S):
             warnings.say()
+            if asked.is_set() and not left:
+                left = _ask_to_stop(job)
+            _tell_trouble(job)
             for task in job.tasks:
                 progress = _read_progress(task)
                 if progress is not None:
@@ -195,6 +321,24 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> I
         warnings.clear()
         for task in job.tasks:
             _delete(task.output, PROGRESS)
+
+
+def _ask_to_stop(job: TrainJob) -> bool:
+    log.warning("SIGTERM: waiting up to %g s for a checkpoint of the workers", job.config.stop_timeout_s)
+    try:
+        job.tasks[0].output.write_json(_stop(job), {"at": time.time()})
+    except StorageError as error:
+        log.warning("cannot ask the workers to stop: %s", error)
+        return False
+    return True
+
+
+def _tell_trouble(job: TrainJob) -> None:
+    folder = job.tasks[0].output
+    with suppress(StorageError, ValueError):
+        if folder.exists(_trouble(job)):
+            log.warning("%s; the worker group is started again", folder.read_json(_trouble(job)).get("message"))
+            _delete(folder, _trouble(job))
 
 
 def _read_progress(task: TrainTask) -> TrainProgress | None:

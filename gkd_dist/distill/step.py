@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gkd_dist.distill.wishes import NUM_WISHES, Agreed
 from gkd_dist.errors import NonFiniteLossError
 from gkd_dist.graph import Batch
 from gkd_dist.losses.objective import Objective
@@ -42,6 +43,7 @@ class StepReport:
     sums: Tensor
     counts: Tensor
     weights: Tensor
+    agreed: Agreed
 
     @property
     def means(self) -> Tensor:
@@ -72,18 +74,22 @@ def train_step(
     seed: int,
     epoch: int,
     step: int,
+    wishes: Tensor | None = None,
 ) -> StepReport:
     """One optimizer step over this rank's ``batches``, which every rank has equally many of.
 
+    ``wishes`` [3] of this rank are summed with the counts; the report says what all ranks want.
     Raises `NonFiniteLossError` on every rank at once, before the optimizer saw the loss.
     """
     counts = torch.stack([objective.counts(batch) for batch in batches]).sum(0)
-    counts = world.sum(counts.double().cpu())
+    own = torch.zeros(NUM_WISHES, dtype=torch.float64) if wishes is None else wishes
+    counts, wanted = world.sum(torch.cat([counts.double().cpu(), own])).tensor_split([len(counts)])
     weights = objective.weights(epoch).double()
     scale = (weights / counts.clamp_min(1)).float()
     totals = torch.zeros_like(counts)
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
+        world.place.unit = batch.unit
         with seeded(world.device, seed, step, batch.unit):
             logits, layers = engine.forward(batch.with_noise(hash_of(seed, step)), objective.student_layers)
         sums = objective.sums(batch, logits, layers, epoch)
@@ -95,7 +101,7 @@ def train_step(
         # count, so that average is undone here.
         engine.backward((scale.to(sums.device) * sums).sum() * world.world_size, last=last)
     engine.step()
-    return StepReport(totals, counts, weights)
+    return StepReport(totals, counts, weights, Agreed.of(wanted))
 
 
 def _check_finite(totals: Tensor, names: Sequence[str], epoch: int, step: int) -> None:

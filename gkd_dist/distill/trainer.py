@@ -7,6 +7,7 @@ goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from gkd_dist import layout
 from gkd_dist.config import KdLoss, Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
-from gkd_dist.distill.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from gkd_dist.distill.checkpoint import TrainState, load_checkpoint
 from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
+from gkd_dist.distill.saving import CheckpointSaver, Claim
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
-from gkd_dist.errors import ModelError, NewerModelError, StudentError
+from gkd_dist.distill.wishes import Agreed, Wishes
+from gkd_dist.errors import ModelError, NewerModelError, StudentError, TerminatedError
 from gkd_dist.graph import Batch, Task
 from gkd_dist.losses.objective import Objective
 from gkd_dist.losses.terms import ScoreKey, score_key
@@ -157,9 +160,16 @@ class Trainer:
     """Trains one model on this rank; all ranks run the same code."""
 
     def __init__(
-        self, task: TrainTask, world: World, make_engine: EngineFactory, watcher: Watcher | None = None
+        self,
+        task: TrainTask,
+        world: World,
+        make_engine: EngineFactory,
+        watcher: Watcher | None = None,
+        wishes: Wishes | None = None,
+        owns_run: Callable[[], None] | None = None,
     ) -> None:
         self.task, self.world, self.watcher = task, world, watcher if world.is_main else None
+        self.wishes = wishes or Wishes()
         self.config, meta = task.train, task.graph.manifest.meta
         self.objective = build_objective(task)
         costs = part_costs(task.graph.manifest)
@@ -175,9 +185,18 @@ class Trainer:
         model = resolve_model(task.model, meta)
         width, num_classes = self.loader.num_features, int(meta["num_classes"])
         self.spec = ModelSpec(model, width, num_classes, meta["task"], features=task.features)
+        self.saver = self._claim(owns_run) if world.is_main else None
         self.state = agree_on_checkpoint(task, world)
         self.resumed_from = self.state.global_step
         self.engine = self._start_engine(make_engine)
+
+    def _claim(self, owns_run: Callable[[], None] | None) -> CheckpointSaver:
+        """From now on this process writes the checkpoints, and one that did so before does not."""
+        claim = Claim(self.task.output, owns_run)
+        claim.take()
+        saver = CheckpointSaver(self.task.output, self.task.fingerprint, self.config.keep, claim)
+        saver.tidy()
+        return saver
 
     def _start_engine(self, make_engine: EngineFactory) -> TrainEngine:
         with seeded(torch.device("cpu"), self.task.seed, _INIT):
@@ -186,25 +205,35 @@ class Trainer:
             model.load_state_dict(self.state.model)
         engine = make_engine(model, self.micro_steps)
         engine.load_optimizer_state(self.state.optimizer, self.loader.empty().to(self.world.device))
+        self.state.model, self.state.optimizer = {}, {}  # the engine has them now
         self.objective.student_sigma = self.state.sigmas
         return engine
 
     def run(self) -> TrainSummary:
-        """Trains to the end, writes the best model (rank 0) and returns a summary."""
+        """Trains to the end, writes the best model (rank 0) and returns a summary.
+
+        Raises `TerminatedError` where a rank was asked to stop, with a checkpoint of the last step kept.
+        """
         started = time.perf_counter()
         config = self.config
-        with Prefetcher(
-            self.loader.load,
-            self._order(Position(*self.state.position), bool(self.objective.needs_student_median)),
-            config.prefetch_bytes,
-            config.resident_bytes,
-            self.loader.size_of,
-            device=self.world.device,
-            extra_of=self.loader.extra_of,
-            timeout_s=min(config.data_timeout_s, 0.8 * getattr(config, "collective_timeout_s", float("inf"))),
-            who=f"rank {self.world.rank} of {self.world.world_size}",
-            name_of=self.loader.name_of,
-        ) as stream:
+        with contextlib.ExitStack() as stack:
+            if self.saver is not None:
+                stack.enter_context(self.saver)
+            stream = stack.enter_context(
+                Prefetcher(
+                    self.loader.load,
+                    self._order(Position(*self.state.position), bool(self.objective.needs_student_median)),
+                    config.prefetch_bytes,
+                    config.resident_bytes,
+                    self.loader.size_of,
+                    device=self.world.device,
+                    extra_of=self.loader.extra_of,
+                    timeout_s=min(config.data_timeout_s, 0.8 * getattr(config, "collective_timeout_s", float("inf"))),
+                    who=f"rank {self.world.rank} of {self.world.world_size}",
+                    name_of=self.loader.name_of,
+                )
+            )
+            stack.enter_context(self.world.facing_peers())
             try:
                 self._measure_medians(stream)
                 while not self.state.stopped and self.state.position[0] < config.epochs:
@@ -236,7 +265,9 @@ class Trainer:
     def _step(self, stream: Prefetcher[int | None]) -> None:
         started, waited = time.perf_counter(), stream.wait_s
         epoch, step = self.state.position
+        self._at("reading")
         batches = [next(stream)[1] for _ in range(self.micro_steps)]
+        self._at("training")
         self.engine.train(True)
         lr = self.config.lr * lr_factor(self.config.lr_schedule, self.state.global_step, self._total_steps())
         self.engine.set_lr(lr)
@@ -248,6 +279,7 @@ class Trainer:
             seed=self.task.seed,
             epoch=epoch,
             step=self.state.global_step,
+            wishes=self.wishes.flags(failed=self.saver is not None and self.saver.failed),
         )
         merge_running_statistics(self.engine.module, self.world)
         stream.settle()
@@ -258,8 +290,12 @@ class Trainer:
         self._tell_step(report, batches, elapsed, stream.wait_s - waited, lr)
         if following.step == 0 and self._evaluates(epoch):
             self._evaluate(stream, epoch)
-        if self.state.global_step % self.config.checkpoint_every == 0 and not self.state.stopped:
-            self._save()
+        self._keep(report.agreed)
+
+    def _at(self, doing: str) -> None:
+        """For whoever waits for this rank, and for its own messages."""
+        place = self.world.place
+        place.doing, place.step, place.unit = f"{doing} {self.task.name}", self.state.global_step, None
 
     def _total_steps(self) -> int:
         return self.config.epochs * self.plan.steps_per_epoch
@@ -283,6 +319,7 @@ class Trainer:
 
     def _pass(self, stream: Prefetcher[int | None]) -> tuple[Iterator[Batch], int, Batch]:
         """Batches of an evaluation pass, how many forwards every rank takes, and the empty batch."""
+        self._at("evaluating")
         self.engine.train(False)
         rounds = -(-len(self.loader.units) // self.world.world_size)
         return (next(stream)[1] for _ in self.my_units), rounds, self.loader.empty().to(self.world.device)
@@ -307,17 +344,48 @@ class Trainer:
 
     # --- what is written ---------------------------------------------------------------------
 
+    def _keep(self, agreed: Agreed) -> None:
+        """A checkpoint where one is due or asked for; then the end, where that is asked for."""
+        if agreed.fail:
+            self._give_up()
+        if self.state.stopped:
+            return  # the model itself comes next
+        ended = self.state.position[0] == self.config.epochs
+        if self.state.global_step % self.config.checkpoint_every == 0 or (not ended and (agreed.save or agreed.stop)):
+            self._save()
+        if agreed.stop and not ended:
+            self._stop()
+
     def _save(self) -> None:
-        """All ranks gather, rank 0 writes; the others wait, so that a step is either in or out."""
-        self.state.model, self.state.optimizer = self.engine.model_state(), self.engine.optimizer_state()
-        if self.world.is_main:
-            save_checkpoint(self.task.output, self.state, self.task.fingerprint, self.config.keep)
-        self.world.barrier()
+        """All ranks gather; rank 0 keeps what was gathered, and its thread writes it."""
+        self._at("keeping a checkpoint of")
+        model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        self.wishes.saved()
+        if self.saver is not None:
+            self.saver.save(replace(self.state, model=model, optimizer=optimizer, sigmas=dict(self.state.sigmas)))
+
+    def _give_up(self) -> None:
+        if self.saver is not None:
+            self.saver.check()
+        raise StudentError(
+            f"rank 0 could not write the checkpoint of {self.task.name} before step {self.state.global_step}; its own "
+            "error says why, run the same command again after it is mended"
+        )
+
+    def _stop(self) -> None:
+        if self.saver is not None:
+            self.saver.wait()
+        raise TerminatedError(
+            f"training of {self.task.name} was asked to stop (SIGTERM) and did so after step {self.state.global_step}, "
+            "which is kept; run the same command again, it goes on from there"
+        )
 
     def _publish(self, wall_s: float, wait_s: float) -> None:
         """Writes the best weights; ``model.json`` comes last and makes the model count."""
         weights = self.state.best or self.engine.model_state()
-        if self.world.is_main:
+        if self.saver is not None:
+            self.saver.wait()
+            self.saver.may_publish()
             model = build_model(self.spec.config, self.spec.in_channels, self.spec.out_channels)
             model.load_state_dict(weights)
             summary = self._summary(wall_s, wait_s)

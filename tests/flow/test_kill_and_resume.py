@@ -40,7 +40,7 @@ pytestmark = pytest.mark.timeout(300)
                 ("after", "teacher/checkpoints/latest.json", 1, "teach"),
                 ("before", "teacher/model.json", 1, "teach"),
                 ("before", "knowledge/*/manifest.json", 1, "infer"),
-                ("after", "students/distilled/checkpoints/*/state.safetensors", 1, "distill"),
+                ("after", "students/distilled/checkpoints/*/state-*", 1, "distill"),
                 ("before", "students/distilled/model.json", 1, "distill"),
                 ("after", "students/distilled/model.json", 1, "distill"),
                 ("after", "students/alone/checkpoints/latest.json", 2, "distill"),

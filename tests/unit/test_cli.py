@@ -128,7 +128,7 @@ def test_sigterm_is_as_gentle_as_ctrl_c(capsys: pytest.CaptureFixture[str]) -> N
         os.kill(os.getpid(), signal.SIGTERM)
         return 0
 
-    assert guarded(act, "run", "c.yaml") == 130
+    assert guarded(act, "run", "c.yaml") == 143
     assert "go on with: gkd run c.yaml" in capsys.readouterr().err
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gkd_dist.config import TrainConfig
+from gkd_dist.config import DistillConfig, TrainConfig
+from gkd_dist.distill.checkpoint import committed_steps
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.step import seeded, train_step
 from gkd_dist.distill.torch_engine import TorchEngine
 from gkd_dist.distill.trainer import Trainer, TrainTask, build_objective, is_trained, teacher_wants
-from gkd_dist.errors import NonFiniteLossError
+from gkd_dist.distill.wishes import Wishes
+from gkd_dist.errors import NonFiniteLossError, StorageError, TerminatedError
 from gkd_dist.models.build import build_model
 from gkd_dist.models.io import read_model
+from gkd_dist.storage import Storage
 from gkd_dist.stream.units import UnitLoader
 from gkd_dist.world import World
 from tests.training import LOSSES, make_task, small_world
@@ -151,3 +154,48 @@ def test_randomness_depends_on_its_counters_alone():
     torch.rand(5)
     assert torch.equal(draw(1, 2, 3), first)
     assert not torch.equal(draw(1, 2, 4), first)
+
+
+def test_one_that_is_asked_to_stop_keeps_its_last_step_and_goes_on_from_there(storage):
+    whole = run(make_task(storage, "whole-stop"))
+    train = DistillConfig(epochs=4, units_per_step=2, checkpoint_every=100, num_workers=1, launcher="inline")
+    task, wishes = make_task(storage, "stopped", train), Wishes()
+
+    class Watcher:
+        def step(self, step, report, names, extra):
+            if step == 3:
+                wishes.ask_to_stop()  # is agreed on in step 4
+
+        def evaluation(self, step, epoch, metrics, state): ...
+
+    trainer = Trainer(task, World(), torch_factory(train, World()), Watcher(), wishes)
+    with pytest.raises(TerminatedError, match=r"after step 4, which is kept; run the same command again"):
+        trainer.run()
+    assert not is_trained(task.output, task.fingerprint)
+    again = Trainer(task, World(), torch_factory(train, World()))
+    assert again.resumed_from == 4
+    again.run()
+    assert same(read_model(task.output)[0].state_dict(), whole)
+
+
+def test_one_that_is_asked_to_save_goes_on(storage):
+    train = DistillConfig(epochs=4, units_per_step=2, checkpoint_every=100, num_workers=1, launcher="inline")
+    task, wishes = make_task(storage, "saved", train), Wishes()
+    wishes.ask_to_save()
+    Trainer(task, World(), torch_factory(train, World()), None, wishes).run()
+    assert committed_steps(task.output) == [1]
+    assert is_trained(task.output, task.fingerprint)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_training(storage, monkeypatch):
+    task, write = make_task(storage, "full"), Storage.write
+
+    def full(self: Storage, key: str, data: object) -> None:
+        if "step-00000002/state-" in key:
+            raise StorageError(f"cannot write {self.describe(key)}: no space left; make room")
+        write(self, key, data)
+
+    monkeypatch.setattr(Storage, "write", full)
+    with pytest.raises(StorageError, match=r"step-00000002/state-\w+\.safetensors: no space left"):
+        run(task)
+    assert committed_steps(task.output) == [1]
