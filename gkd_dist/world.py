@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -142,12 +143,13 @@ class World:
             "same command again"
         )
 
-    def mailbox(self) -> dist.Store:
+    def mailbox(self) -> Any:
         """A connection of its own to the store through which the ranks have found each other.
 
         For a thread that may have to wait there, which must not keep the others waiting.
         """
-        return dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store()
+        return store.clone()
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -137,11 +137,12 @@ def _fit(job: TrainJob, scratch: str) -> None:
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if config.gpus_per_worker:
         resources["GPU"] = config.gpus_per_worker
-    describe_run: Any = RunConfig  # its type stub is that of the earlier Ray Train
+    describe_run: Any = RunConfig  # the type stubs are those of the earlier Ray Train
+    describe_scale: Any = ScalingConfig
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
+        scaling_config=describe_scale(
             num_workers=config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=resources,

@@ -214,9 +214,9 @@ class TestOverrides:
             ("distill.num_worker=4", "unknown key; did you mean num_workers?"),
             ("num_workers=4", "unknown key; did you mean distill.num_workers?"),
             ("lr=4", "unknown key; did you mean teacher.train.lr or teachers.*.train.lr or distill.lr?"),
-            ("distill.num_workers=two", 'expected an integer > 0, got "two"'),
-            ("distill.num_workers=0", "expected an integer > 0, got 0"),
-            ("distill.num_workers=true", "expected an integer > 0, got true"),
+            ("distill.num_workers=two", 'expected an integer > 0 or a list, got "two"'),
+            ("distill.num_workers=0", "expected an integer > 0 or a list, got 0"),
+            ("distill.num_workers=true", "expected an integer > 0 or a list, got true"),
             ("distill.zero_stage=4", "expected one of 0, 1, 2, 3, got 4"),
             ("distill.launcher=torchrn", 'expected one of ray, torchrun, deepspeed, inline, got "torchrn"; '
              "did you mean torchrun?"),

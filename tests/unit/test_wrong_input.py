@@ -66,6 +66,13 @@ def untouched(job: Job) -> bool:
         ("losses.0.kind=labels", "losses.0"),
         ("teacher.model.kind=gnn", "teacher.model.kind"),
         ("distill.num_workers=2", "distill.launcher inline is one process (got distill.num_workers 2)"),
+        (
+            "distill.num_workers=[1,2]",
+            "distill.num_workers [1, 2] changes while the students train, which distill.launc",
+        ),
+        ("distill.num_workers=[3,2]", "[min, max] needs min <= max (got [3, 2]); swap them"),
+        ("distill.num_workers=[0,2]", "distill.num_workers"),
+        ("distill.num_workers=[1,2,3]", "distill.num_workers"),
         ("distill.deepspeed.fp16={enabled: true}", "set that instead"),
         ("run=s3://", "names no bucket"),
         ("run=nowhere://x/y", "nowhere"),
