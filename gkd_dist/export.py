@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from gkd_dist.config import Config
+from gkd_dist.config import Config, ModelConfig
 from gkd_dist.models.io import read_model, save_model
 from gkd_dist.storage import Storage
 
@@ -29,6 +29,7 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
             f"{model.layers} layers, {model.hidden} hidden units, norm {model.norm}, distilled from "
             f"{teachers} with gkd_dist.",
             "",
+            *_only_this_graph(model, graph),
             "## Results",
             "",
             *_results(metrics),
@@ -58,6 +59,13 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
             "",
         ]
     )
+
+
+def _only_this_graph(model: ModelConfig, graph: dict[str, Any]) -> list[str]:
+    if model.node_embedding is None:
+        return []
+    text = f"It has a learned vector of {model.node_embedding} numbers for each of the {graph['num_nodes']:,} nodes of"
+    return [f"{text} that graph, so it is of no use on another one.", ""]
 
 
 def _loss_line(loss: Any) -> str:

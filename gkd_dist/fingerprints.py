@@ -19,6 +19,12 @@ _LATER: dict[str, Any] = {
     "edge_attr": "auto",
     "features": {},
 }  # settings of ``graph`` added after format 1, with their defaults
+_LATER_OF_MODELS = {
+    "dropout_mask": "node",
+    "node_embedding": None,
+    "node_embedding_mode": "concat",
+    "num_nodes": None,
+}
 _TRAINING = (
     "epochs",
     "lr",
@@ -138,6 +144,6 @@ def _plain(value: Any) -> Any:
 def _dumped(section: Any) -> dict[str, Any]:
     """A model without the settings that came later and are at their default: results of before stay."""
     plain: dict[str, Any] = section.model_dump(mode="json")
-    if isinstance(section, ModelConfig) and section.dropout_mask == "node":
-        del plain["dropout_mask"]
+    if isinstance(section, ModelConfig):
+        return {key: value for key, value in plain.items() if _LATER_OF_MODELS.get(key, _UNSET) != value}
     return plain

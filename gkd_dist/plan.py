@@ -128,10 +128,11 @@ def _tap_kinds(config: Config, meta: Mapping[str, Any]) -> list[Kind]:
     if not config.infer.taps:
         return []
     from gkd_dist.infer.taps import tap_widths
-    from gkd_dist.models.tiny import random_graph
+    from gkd_dist.models.tiny import num_ids_of, random_graph
 
-    tiny, num_nodes = random_graph(*_tiny_like(config, meta)), int(meta["num_nodes"])
-    widths = tap_widths(_tried_teacher(config, meta), config.infer.taps, tiny.x, tiny.graph)
+    teacher, num_nodes = _tried_teacher(config, meta), int(meta["num_nodes"])
+    tiny = random_graph(*_tiny_like(config, meta), num_ids_of(teacher))
+    widths = tap_widths(teacher, config.infer.taps, tiny.x, tiny.graph)
     size = _BYTES[config.infer.dtype] * num_nodes
     return [Kind(f"taps.{tap}", config.infer.dtype, (num_nodes, width), size * width) for tap, width in widths.items()]
 

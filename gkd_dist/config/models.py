@@ -11,7 +11,7 @@ from gkd_dist.config.base import Positive, Probability, Section
 BUILT_IN_MODELS = ("gcn", "sage", "gat", "gin", "mlp")
 _PYG = "torch_geometric."  # models of PyG: their depth and width are arguments of known names
 _PYG_NAMES = {"layers": "num_layers", "hidden": "hidden_channels"}
-_BUILT_IN_ONLY = ("heads", "norm", "act", "dropout", "input_dropout", "dropout_mask", "residual")
+_BUILT_IN_ONLY = ("heads", "norm", "act", "dropout", "input_dropout", "dropout_mask", "residual", "node_embedding")
 
 
 def _module_attr(value: str) -> str:
@@ -37,6 +37,11 @@ class ModelConfig(Section):
         description="node: a hash of node and channel, the same for every copy of a node; unit: torch's generator",
     )
     residual: bool = Field(False, description="add a linear skip of the input to each hidden layer")
+    node_embedding: Positive | None = Field(None, description="width of a learned vector for each node of the graph")
+    node_embedding_mode: Literal["concat", "replace"] = Field(
+        "concat", description="concat: the vectors stand beside the features; replace: in their place"
+    )
+    num_nodes: Positive | None = Field(None, description="rows of node_embedding; null: the nodes of the graph")
     args: dict[str, Any] = Field(default_factory=dict, description="arguments of a module:attr class")
 
     @field_validator("kind")
@@ -66,7 +71,19 @@ class ModelConfig(Section):
             raise ValueError("args is for module:attr models; built-in models take the keys beside it")
         if self.kind.startswith(_PYG):
             self._check_pyg()
+        self._check_embedding()
         return self
+
+    def _check_embedding(self) -> None:
+        if self.node_embedding is not None and self.kind not in BUILT_IN_MODELS:
+            raise ValueError(
+                f"node_embedding is for built-in models (got kind {self.kind}); a class of your own finds the numbers "
+                "of its nodes in graph.global_ids(), see docs/models.md"
+            )
+        if self.node_embedding is None:
+            for key in ("node_embedding_mode", "num_nodes"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} says how node_embedding works, which is not set; set node_embedding")
 
     def _check_pyg(self) -> None:
         for key, name in _PYG_NAMES.items():

@@ -28,10 +28,11 @@ from gkd_dist.infer.plan import KNOWLEDGE, Schedule, Task, TaskGraph, Wants
 from gkd_dist.infer.taps import check_taps, probe_taps
 from gkd_dist.infer.times import TaskTimes
 from gkd_dist.infer.worker import Job, Request, Result, model_digest, trim
+from gkd_dist.models.embedding import check_same_graph
 from gkd_dist.models.io import ModelSpec, read_model, read_model_document
 from gkd_dist.models.layered import as_layers, is_layered
 from gkd_dist.models.probe import check_model
-from gkd_dist.models.tiny import random_graph
+from gkd_dist.models.tiny import num_ids_of, random_graph
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest, ObjectEntry
 from gkd_dist.storage import Storage
@@ -183,6 +184,7 @@ def _check_model(model: nn.Module, spec: ModelSpec, graph: GraphStore, wants: Wa
             f"the model reads {spec.in_channels} features per node, the graph at {graph.storage.url} has "
             f"{width}{which}; use a graph with the features that the model was trained on"
         )
+    check_same_graph(spec.config, int(graph.manifest.meta["num_nodes"]))
     if not is_layered(model) and (wants.layers or not wants.logits):
         raise ModelError(
             f"{spec.config.kind} has no layers to take scores or embeddings from; "
@@ -207,7 +209,10 @@ def locate_taps(
     if layers is None:
         return dict.fromkeys(taps, KNOWLEDGE)
     tiny = random_graph(
-        graph.num_features_of(features), bool(graph.manifest.meta["has_edge_weight"]), graph.num_edge_features
+        graph.num_features_of(features),
+        bool(graph.manifest.meta["has_edge_weight"]),
+        graph.num_edge_features,
+        num_ids_of(model),
     )
     return probe_taps(model, layers, taps, tiny.x, tiny.graph)
 

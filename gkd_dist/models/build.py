@@ -19,6 +19,7 @@ from gkd_dist.models.basic_gnn import (
     reads_attributes,
     with_graph_args,
 )
+from gkd_dist.models.embedding import sized_for
 from gkd_dist.models.layered import LayeredModel, forward_layers, is_layered, why_not_layered
 
 _POSITIONAL = (
@@ -61,7 +62,7 @@ def resolve_model(config: ModelConfig, graph_meta: Mapping[str, Any]) -> ModelCo
     cannot be imported.
     """
     if config.kind in BUILT_IN_MODELS:
-        return config
+        return config if config.node_embedding is None else sized_for(config, int(graph_meta["num_nodes"]))
     factory = import_model(config.kind)
     if not is_basic_gnn_class(factory):
         return config

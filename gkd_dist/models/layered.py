@@ -24,6 +24,7 @@ from gkd_dist.errors import ModelError
 from gkd_dist.graph import LocalGraph
 from gkd_dist.models.basic_gnn import BasicGnnLayers, is_basic_gnn, why_not_basic
 from gkd_dist.models.convs import GAT, Dense, build_conv
+from gkd_dist.models.embedding import build_embedding
 from gkd_dist.models.norm import OwnedBatchNorm
 from gkd_dist.models.passes import run_stack
 from gkd_dist.noise import NodeNoise
@@ -147,6 +148,9 @@ class LayeredModel(nn.Module):
         self.act, self.dropout, self.input_dropout = config.act, config.dropout, config.input_dropout
         self.by_node = config.dropout_mask == "node"
         hidden = config.hidden * config.heads
+        self.embedding = build_embedding(config)
+        if self.embedding is not None:
+            in_channels = int(config.node_embedding or 0) + (0 if self.embedding.replace else in_channels)
         widths = [in_channels, *[hidden] * (config.layers - 1), out_channels]
         self.convs, self.norms, self.skips = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for layer, (d_in, d_out) in enumerate(pairwise(widths), start=1):
@@ -162,6 +166,8 @@ class LayeredModel(nn.Module):
 
     def forward_layer(self, layer: int, h: Tensor, graph: LocalGraph) -> Tensor:
         """``z_l`` [n, d_l] from the activations ``h`` [n, d_(l-1)] below it."""
+        if layer == 1 and self.embedding is not None:
+            h = self.embedding(h, graph)
         z = self.convs[layer - 1](h, graph)
         if self.residual and layer < self.num_layers:
             z = z + self.skips[layer - 1](h[: z.size(0)])
@@ -201,6 +207,11 @@ class LayeredModel(nn.Module):
     def readout(self, outputs: Mapping[int, Tensor]) -> Tensor:
         """Logits [n, c]."""
         return outputs[self.num_layers]
+
+    @property
+    def num_nodes(self) -> int | None:
+        """Nodes that have a learned vector; None where there are none of these."""
+        return None if self.embedding is None else self.embedding.num_nodes
 
     @property
     def uses_graph(self) -> bool:

@@ -19,7 +19,7 @@ from gkd_dist.models.basic_gnn import is_basic_gnn, reads_attributes
 from gkd_dist.models.build import run_model
 from gkd_dist.models.layered import Layers, as_layers, why_not_layered
 from gkd_dist.models.refusals import refuse_unsuitable
-from gkd_dist.models.tiny import TinyGraph, random_graph, ring
+from gkd_dist.models.tiny import TinyGraph, num_ids_of, random_graph, ring
 
 _BOUND = 1e-3  # of the largest value: far above rounding, far below what another order changes
 _HOP_BOUND = 1e-5  # the influence of a node fades with the hops, so what counts as none is smaller here
@@ -71,7 +71,7 @@ def check_model(
     refuse_unsuitable(model)
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        tiny = random_graph(num_features, has_edge_weight, num_edge_features).to(device)
+        tiny = random_graph(num_features, has_edge_weight, num_edge_features, num_ids_of(model)).to(device)
         logits = _run(model, tiny)
         _check_repeatable(model, tiny, logits)
         _check_order(model, tiny, logits)
@@ -226,7 +226,7 @@ def layer_widths(
     stack = as_layers(model)
     if stack is None:
         return {}
-    tiny, widths = random_graph(num_features, has_edge_weight, num_edge_features), {}
+    tiny, widths = random_graph(num_features, has_edge_weight, num_edge_features, num_ids_of(model)), {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         h = stack.activate(0, tiny.x)
         for layer in range(1, stack.num_layers + 1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkd_dist.graph import LocalGraph
 from gkd_dist.sparse import CsrPattern, indptr_from_counts
@@ -73,12 +73,25 @@ class TinyGraph:
         )
 
 
-def random_graph(num_features: int, has_edge_weight: bool, num_edge_features: int) -> TinyGraph:
-    """Directed, with self-loops and with nodes that have no in-edge; always the same one."""
+def num_ids_of(model: nn.Module) -> int | None:
+    """How many nodes ``model`` has something of its own for (its ``num_nodes``); None where it has not."""
+    number = getattr(model, "num_nodes", None)
+    return number if isinstance(number, int) else None
+
+
+def random_graph(
+    num_features: int, has_edge_weight: bool, num_edge_features: int, num_ids: int | None = None
+) -> TinyGraph:
+    """Directed, with self-loops and with nodes that have no in-edge; always the same one.
+
+    ``num_ids``: global numbers of its nodes stay below, for models with something for each node of a graph.
+    """
     random = torch.Generator().manual_seed(0)
     keys = torch.unique(torch.randint(_NUM_NODES * (_NUM_NODES - 3), (_NUM_EDGES,), generator=random))
     edge_index = torch.stack([keys % _NUM_NODES, keys // _NUM_NODES])
-    return _dressed(edge_index, _NUM_NODES, num_features, has_edge_weight, num_edge_features, random)
+    tiny = _dressed(edge_index, _NUM_NODES, num_features, has_edge_weight, num_edge_features, random)
+    tiny.graph.n_id = torch.arange(_NUM_NODES) % (num_ids or _NUM_NODES)
+    return tiny
 
 
 def ring(num_nodes: int, num_features: int, has_edge_weight: bool, num_edge_features: int) -> TinyGraph:

@@ -71,8 +71,13 @@ CASES = {
     for case in (
         Case("sgd-layer-clipped", sgd(grad_clip=0.5, **THREE), {"norm": "layer"}),
         Case("sgd-batch-unclipped", sgd(grad_clip=1e6), {"norm": "batch"}),
-        Case("adamw-layer-clipped", adamw(grad_clip=0.1), {"norm": "layer"}),
+        Case("adamw-layer-clipped", adamw(grad_clip=0.1), {"norm": "layer", "dropout_mask": "unit"}),
         Case("adamw-batch-no-clip", adamw(**THREE, lr_schedule={"kind": "cosine", "warmup": 2}), {"norm": "batch"}),
+        Case(
+            "adamw-embedding",
+            adamw(deepspeed={"zero_optimization": {"reduce_bucket_size": 500}}, **THREE),  # below the table's size
+            {"node_embedding": 4},
+        ),
     )
 }
 CLIPS = {"unclipped": 1e6, "clipped": 0.1, "no-clip": None}
