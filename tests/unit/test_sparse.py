@@ -106,15 +106,64 @@ def test_products_equal_dense_ones(num_nodes: int, num_edges: int, width: int, s
     torch.testing.assert_close(sparse.sddmm(pattern, left, right), expected)
 
 
-def test_symmetric_pattern_needs_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symmetric_pattern_has_its_entries_once() -> None:
     # The path 0 - 1 - 2 in both directions, with values that are not symmetric.
     pattern = CsrPattern.from_csr(torch.tensor([0, 1, 3, 4]), torch.tensor([1, 0, 2, 1]))
     values, factor = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.eye(3)
-    calls, product = [], sparse._product
-    monkeypatch.setattr(sparse, "_product", lambda *args: (calls.append(1), product(*args))[1])
     out = sparse.symmetric_product(pattern, values, factor)
     assert out.tolist() == [[0.0, 3.0, 0.0], [3.0, 0.0, 12.0], [0.0, 12.0, 0.0]]
-    assert len(calls) == 1
+    assert pattern.symmetric.indices.tolist() == [1, 0, 2, 1]
+    assert pattern.laplacian.indices.tolist() == [0, 1, 1, 0, 2, 2, 1]
+    out = sparse.laplacian_product(pattern, values, factor)
+    assert out.tolist() == [[3.0, -3.0, 0.0], [-3.0, 15.0, -12.0], [0.0, -12.0, 12.0]]
+
+
+def test_other_patterns_have_two_entries_side_by_side(pattern: CsrPattern) -> None:
+    both = pattern.laplacian
+    assert both.indptr.tolist() == [0, 4, 7, 9]
+    assert both.indices.tolist() == [0, 1, 2, 1, 1, 0, 0, 2, 0]
+    assert both.first.tolist() == [3, 0, 1, 2, 3, 2, 0, 3, 1]  # 3: the diagonal
+    assert both.spread(torch.tensor([2.0, 3.0, 5.0])).tolist() == [0, 2, 3, 5, 0, 5, 2, 0, 3]
+
+
+@given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 40), st.integers(0, 1000), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_products_in_fp32_equal_those_in_fp64(
+    num_nodes: int, num_edges: int, width: int, seed: int, undirected: bool
+) -> None:
+    pattern = random_pattern(num_nodes, num_edges, seed)
+    if undirected:
+        keys = torch.cat([pattern.rows() * num_nodes + pattern.indices, pattern.indices * num_nodes + pattern.rows()])
+        keys = keys.unique()
+        counts = torch.bincount(keys // num_nodes, minlength=num_nodes)
+        pattern = CsrPattern.from_csr(sparse.indptr_from_counts(counts), keys % num_nodes)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(pattern.nnz, generator=generator)
+    right = torch.randn(num_nodes, width, generator=generator)
+    for product in (spmm, sparse.symmetric_product, sparse.laplacian_product):
+        out = product(pattern, values, right)
+        assert out.dtype == torch.float32
+        expected = product(pattern, values.double(), right.double())
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
+    matrix = dense(pattern, values.double())
+    laplacian = (matrix + matrix.T).sum(1).diag() - matrix - matrix.T
+    torch.testing.assert_close(expected, laplacian @ right.double())
+
+
+def test_a_row_is_summed_alike_in_any_company_and_by_any_number_of_threads() -> None:
+    pattern = random_pattern(500, 20_000, 1)
+    values, right = torch.randn(20_000), torch.randn(500, 48)
+    whole = spmm(pattern, values, right)
+    cut = int(pattern.indptr[123])
+    head = CsrPattern.forward_only(pattern.indptr[:124], pattern.indices[:cut])
+    assert torch.equal(spmm(head, values[:cut], right), whole[:123])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(spmm(pattern, values, right), whole)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
