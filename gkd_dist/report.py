@@ -254,11 +254,12 @@ def _ratio(value: float | None) -> str:
 
 
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    header = ["stage", "wall time", "peak memory", "epochs run", "best epoch"]
+    header = ["stage", "wall time", "waited for data", "peak memory", "epochs run", "best epoch"]
     rows = [
         [
             Cell(name),
             Cell("-" if row.get("wall_s") is None else duration(row["wall_s"])),
+            Cell("-" if row.get("wait_s") is None else f"{row['wait_s'] / max(row['wall_s'], 1e-9):.1%}"),
             Cell("-" if row.get("peak_rss_bytes") is None else f"{row['peak_rss_bytes'] / 2**20:,.0f} MiB"),
             Cell(_whole(row.get("epochs_run"))),
             Cell(_whole(row.get("best_epoch"))),

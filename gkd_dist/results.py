@@ -197,7 +197,7 @@ def _stage_facts(session: Session, models: dict[str, Any]) -> dict[str, Any]:
     for name, folder in folders.items():
         summary = read_model_document(folder).get("meta", {}).get("summary")
         if summary:
-            keys = ("epochs_run", "best_epoch", "best_val", "wall_s", "peak_rss_bytes")
+            keys = ("epochs_run", "best_epoch", "best_val", "wall_s", "wait_s", "peak_rss_bytes")
             facts[name] = {key: summary[key] for key in keys}
     return facts
 

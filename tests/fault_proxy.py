@@ -41,21 +41,25 @@ class Fault:
     key: str = ""  # regular expression
     nth: int = 1
     times: int = 1
+    share: float = 1.0  # of those requests, at random
     matched: int = 0
     struck: int = 0  # how often it happened
 
-    def strikes(self, method: str, path: str) -> bool:
+    def strikes(self, method: str, path: str, draw: random.Random) -> bool:
         """Counts the request if it is one of these; whether something happens to it."""
         if (self.method and self.method != method) or not re.search(self.key, path):
             return False
         self.matched += 1
-        hit = self.nth <= self.matched < self.nth + self.times
+        hit = self.nth <= self.matched < self.nth + self.times and (self.share >= 1 or draw.random() < self.share)
         self.struck += hit
         return hit
 
 
 class FaultProxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to ``endpoint``; ``plan`` may be changed at any time, its first fault that strikes counts."""
+    """Passes requests on to ``endpoint``; ``plan`` may be changed at any time, its first fault that strikes counts.
+
+    Every answer takes ``delay_s`` more, as if the store were far away.
+    """
 
     daemon_threads = True
 
@@ -64,6 +68,8 @@ class FaultProxy(http.server.ThreadingHTTPServer):
         self.upstream = urlsplit(endpoint).netloc
         self.plan: list[Fault] = []
         self.requests: list[str] = []
+        self.paths: list[str] = []  # of the requests
+        self.delay_s = 0.0
         self.stopped = threading.Event()
         self._lock, self._random = threading.Lock(), random.Random(0)
 
@@ -76,7 +82,8 @@ class FaultProxy(http.server.ThreadingHTTPServer):
         """What happens to this request; empty: nothing."""
         with self._lock:
             self.requests.append(method)
-            return next((fault.kind for fault in self.plan if fault.strikes(method, path)), "")
+            self.paths.append(path)
+            return next((fault.kind for fault in self.plan if fault.strikes(method, path, self._random)), "")
 
     def latency_s(self) -> float:
         """A random wait."""
@@ -109,6 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         fault = self.server.fault(self.command, unquote(self.path))
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        time.sleep(self.server.delay_s)
         if fault.isdigit():
             self.reply(int(fault), {}, _REFUSALS.get(fault, b""))
         elif fault == "stall":

@@ -238,7 +238,7 @@ class Trainer:
                 self._measure_medians(stream)
                 while not self.state.stopped and self.state.position[0] < config.epochs:
                     self._step(stream)
-                wait_s = stream.wait_s
+                wait_s = float(self.world.sum(torch.tensor([stream.wait_s]))[0]) / self.world.world_size
             finally:
                 self.engine.train(False)
         self._publish(time.perf_counter() - started, wait_s)
