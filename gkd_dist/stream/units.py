@@ -196,7 +196,7 @@ class UnitLoader:
             None if stored.edge_attr is None else stored.edge_attr.clone(),
             part.tensors["n_id"][: part.num_nodes].clone(),
         )
-        return graph, graph.global_ids(), self._x(part)
+        return graph, graph.global_ids(), self._x(part) if x is None else x
 
     def _teacher(self, parts: list[LocalPart]) -> Taught:
         """Logits and scores of the owned nodes and their in-edges, part after part."""

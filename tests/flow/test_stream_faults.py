@@ -236,6 +236,7 @@ def test_a_disk_that_refuses_in_the_middle_of_a_file_costs_the_cache_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_workers_on_ray_say_in_the_terminal_that_they_cannot_cache(copied: Job, tmp_path: Path) -> None:
     """And the students are those of workers that never heard of a cache."""
     (tmp_path / "file").touch()

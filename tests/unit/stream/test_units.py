@@ -19,6 +19,7 @@ from gkd_dist.graph import SPLITS, Batch, Graph, LocalGraph
 from gkd_dist.losses import edge_scores
 from gkd_dist.models.build import build_model
 from gkd_dist.partition.store import GraphStore
+from gkd_dist.stream import units as units_module
 from gkd_dist.stream.knowledge import Wants
 from gkd_dist.stream.order import plan_units
 from gkd_dist.stream.units import EMPTY_UNIT, UnitLoader, empty_batch, part_costs
@@ -97,6 +98,36 @@ def test_named_features_take_the_place_of_x(units: list[tuple[int, ...]]) -> Non
             assert torch.equal(batch.x, expected[batch.n_id])
             assert loader.size_of(unit) >= sum(t.numel() * t.element_size() for t in tensors_of(batch))
         assert loader.load(None).x.shape == (0, expected.size(1))
+
+
+@pytest.mark.parametrize("features", [None, "other"])
+@pytest.mark.parametrize("hops", [1, 2])
+def test_large_features_are_read_straight_into_the_batch(
+    features: str | None, hops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are the same to the last bit, whether features came with the rest of the part or by themselves."""
+    graph = random_graph()
+    graph = replace(graph, features={"other": torch.randn(graph.num_nodes, 9)})
+    loader = UnitLoader(graph_store(graph, 3, 2), None, [(0, 2), (1,)], hops=hops, features=features)
+    before = [loader.load(unit) for unit in range(2)]
+    extra = [loader.extra_of(unit) for unit in range(2)]
+    monkeypatch.setattr(units_module, "_IN_PLACE_BYTES", 1)
+    for unit in range(2):
+        for found, expected in zip(tensors_of(loader.load(unit)), tensors_of(before[unit]), strict=True):
+            assert torch.equal(found, expected)
+    alone = hops == 2  # a unit of one part, all of whose halo is used
+    assert [loader._is_in_place(unit) for unit in range(2)] == [False, alone]
+    x_bytes = before[1].x.numel() * 4
+    assert loader.extra_of(0) == extra[0]
+    assert loader.extra_of(1) == extra[1] - (x_bytes if alone else 0)
+
+
+def test_units_are_named_by_what_they_are_read_from() -> None:
+    loader = loader_of(random_graph(), [(0, 1, 2, 3), (4,)], 1)
+    keys = [entry.key for entry in loader.graph.manifest.parts]
+    url = loader.graph.storage.url
+    assert loader.name_of(1) == f"unit 1 ({url}/{keys[4]})"
+    assert loader.name_of(0) == f"unit 0 ({', '.join(f'{url}/{key}' for key in keys[:3])} and 1 more)"
 
 
 def test_sparse_features_become_dense() -> None:
