@@ -259,11 +259,13 @@ def _stage(args: argparse.Namespace) -> int:
 def _print_plan(config: Config, decisions: list[flow.Decision], as_json: bool) -> None:
     from gkd_dist.driver import graph_meta
     from gkd_dist.plan import format_knowledge, knowledge_json
+    from gkd_dist.preflight import describe_student
 
-    infers = any(decision.stage == "infer" for decision in decisions)
-    meta = graph_meta(config) if infers else None
+    infers, trains = (any(decision.stage == stage for decision in decisions) for stage in ("infer", "distill"))
+    meta = graph_meta(config) if infers or trains else None
     if as_json:
-        stored = {"infer": {"knowledge": knowledge_json(config, meta)}}
+        stored: dict[str, Any] = {"infer": {"knowledge": knowledge_json(config, meta)}} if infers else {}
+        stored |= {"distill": {"student": describe_student(config, meta)}} if trains else {}
         print(json.dumps([vars(decision) | stored.get(decision.stage, {}) for decision in decisions], indent=1))
         return
     width = max(len(decision.stage) for decision in decisions)
@@ -271,6 +273,8 @@ def _print_plan(config: Config, decisions: list[flow.Decision], as_json: bool) -
         print(f"{decision.stage:<{width}}  {decision.action:<4}  {decision.reason}")
     if infers:
         print(format_knowledge(config, meta))
+    if trains:
+        print(describe_student(config, meta))
 
 
 def _print_result(session: Any, as_json: bool) -> None:

@@ -66,7 +66,7 @@ def _open(stored: Stored | Ensemble) -> KnowledgeStore | Ensemble:
 
 def _labels(store: KnowledgeStore | Ensemble, part: int, y: Tensor, task: str) -> Tensor:
     """What is predicted for the owned nodes; the first of the largest logits is the class."""
-    logits = store.part(part, {}, _LOGITS)[0]
+    logits = store.part(part, {}, _LOGITS).logits
     scores = logits.values if isinstance(logits, TopK) else logits
     if scores is None or scores.size(0) != y.size(0):
         found = 0 if scores is None else scores.size(0)
@@ -118,7 +118,7 @@ class _Side:
 
     def softmax_arguments(self, part: int, tensors: dict[str, Tensor], neighbours: Neighbours) -> Tensor:
         """What the softmax over in-neighbours is taken of, float64 [m]."""
-        _, scores = self.store.part(part, tensors, self.wants)
+        scores = self.store.part(part, tensors, self.wants).scores
         return self.kernel.logits(scores[self.score][neighbours.picked].double(), self.sigma)
 
     def _median_width(self, meta: dict[str, Any]) -> float:

@@ -283,7 +283,8 @@ class Batch:
     ``teacher_logits`` float32 [num_owned, c], or the largest of them; ``teacher_scores[(layer, metric)]`` float32
     [num_owned_edges], raw scores of the owned in-edges in the order of ``graph``. Of several teachers
     ``teacher_logits`` is the mean, ``logits_of`` has those of single ones by name, and the keys of the
-    scores end with the name.
+    scores end with the name. ``teacher_embeddings[(layer, name)]`` float32 [num_owned, d] are outputs of
+    teacher layers, with None for the name of a single teacher.
     An empty batch (``num_owned == 0``, no nodes) is what a rank without work runs.
     """
 
@@ -299,6 +300,7 @@ class Batch:
     teacher_logits: Tensor | TopK | None = None
     teacher_scores: Mapping[tuple[int, str] | tuple[int, str, str], Tensor] = field(default_factory=dict)
     logits_of: Mapping[str, Tensor | TopK] = field(default_factory=dict)
+    teacher_embeddings: Mapping[tuple[int, str | None], Tensor] = field(default_factory=dict)
 
     @property
     def num_owned_edges(self) -> int:
@@ -330,4 +332,5 @@ class Batch:
             else self.teacher_logits.to(device, non_blocking=non_blocking),
             teacher_scores={key: move(value) for key, value in self.teacher_scores.items()},
             logits_of={name: logits.to(device, non_blocking=non_blocking) for name, logits in self.logits_of.items()},
+            teacher_embeddings={key: move(value) for key, value in self.teacher_embeddings.items()},
         )

@@ -203,7 +203,7 @@ def _read(
     tensors = graph.part(part, [*STRUCTURE, "y"])
     counts = graph.manifest.parts[part].counts
     wants = Wants.of(scores=[reader.score for reader in readers])
-    _, found = knowledge.part(part, tensors, wants)
+    found = knowledge.part(part, tensors, wants).scores
     scores = {reader.score: found[reader.score] for reader in readers}
     local = local_graph(tensors, counts["num_owned"] + counts["num_halo_1"], counts["num_owned"])
     return Neighbours.of_graph(local, counts["num_owned"]), scores

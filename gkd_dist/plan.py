@@ -69,10 +69,12 @@ def plan_knowledge(config: Config, meta: Mapping[str, Any]) -> tuple[dict[int, s
     be kept by embeddings, whose scores nobody measures.
     """
     scores: dict[int, set[str]] = {}
-    embeddings: set[int] = set()
+    embeddings = config.embedding_layers()
     for layer, metrics in config.knowledge_layers().items():
         choice = config.infer.scores
-        if choice == "auto":
+        if choice == "auto" and layer in embeddings:
+            choice = "embeddings" if config.infer.max_kl is None else "scores"  # they are there anyway
+        elif choice == "auto":
             smaller = _score_bytes(config, meta) * len(metrics) <= _embedding_bytes(config, meta, layer)
             choice = "scores" if smaller else "embeddings"
         if choice == "scores":
@@ -154,7 +156,12 @@ def _logit_kinds(config: Config, meta: Mapping[str, Any]) -> Iterator[Kind]:
 def describe_layers(config: Config, meta: Mapping[str, Any]) -> list[str]:
     """What is stored of each layer, and from which average degree on the other form is smaller."""
     scores, _ = plan_knowledge(config, meta)
-    return [
+    hints = [
+        f"layer {layer}: embeddings of width {layer_width(config, layer, meta)} stored, which a fitnet loss reads as "
+        f"they are: {_embedding_bytes(config, meta, layer):,} bytes"
+        for layer in sorted(config.embedding_layers())
+    ]
+    return hints + [
         f"layer {layer}: {'scores' if layer in scores else 'embeddings'} stored (average degree "
         f"{meta['num_edges'] / max(1, meta['num_nodes']):.1f}; embeddings of width "
         f"{layer_width(config, layer, meta)} are smaller above "

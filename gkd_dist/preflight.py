@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from gkd_dist.config import Config
+from gkd_dist.config import BUILT_IN_MODELS, Config, FitnetLoss, resolve_layer
 from gkd_dist.errors import ConfigError
 from gkd_dist.session import is_local
+
+if TYPE_CHECKING:
+    from gkd_dist.models.probe import ModelCheck
 
 
 def check_code(config: Config) -> None:
@@ -53,3 +58,58 @@ def _check_local_gpus(config: Config) -> None:
             f"the run asks for {wanted:g} GPUs at a time (infer.gpus_per_actor, distill.gpus_per_worker), here are "
             f"{present}; lower them, or set ray.address to a cluster that has them"
         )
+
+
+def check_student(config: Config, meta: Mapping[str, Any]) -> ModelCheck:
+    """How the student will run, tried on a tiny graph; raises before any work what training would refuse after it.
+
+    ``meta`` is that of the graph manifest. `ModelError` or `StudentError` for a model that cannot be trained on parts,
+    `ConfigError` for a projection that does not fit.
+    """
+    import torch
+
+    from gkd_dist.models import trainable
+    from gkd_dist.models.build import build_model, resolve_model
+    from gkd_dist.models.probe import check_model, layer_widths
+    from gkd_dist.stream.units import empty_batch
+
+    student = config.student
+    width = int(meta["num_features"] if student.features is None else meta["features"][student.features])
+    classes = int(meta["num_classes"])
+    weighted, attributes = bool(meta.get("has_edge_weight", False)), int(meta.get("num_edge_features", 0))
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(resolve_model(student.model, meta), width, classes)
+    trainable.refuse_untrainable(model)
+    found = check_model(model.eval(), width, weighted, attributes)
+    trainable.refuse_layers_that_are_not_there(model, config.losses)
+    empty = empty_batch(width, classes, meta["task"], weighted=weighted, num_edge_features=attributes)
+    trainable.check_empty(model, empty, 0)
+    _check_projections(config, meta, layer_widths(model.eval(), width, weighted, attributes))
+    return found
+
+
+def _check_projections(config: Config, meta: Mapping[str, Any], student_widths: Mapping[int, int]) -> None:
+    """`ConfigError` where a loss compares layers of different widths without a projection."""
+    from gkd_dist.distill.heads import plan_heads
+    from gkd_dist.losses.bounds import named_losses
+    from gkd_dist.plan import layer_width
+
+    losses, views = config.student_losses(), {t.name: config.view_of(t) for t in config.all_teachers()}
+    widths = {}
+    for name, loss in named_losses(losses):
+        if isinstance(loss, FitnetLoss):
+            view = views[loss.teacher or config.teacher.name]
+            layer = resolve_layer(loss.teacher_layer, view.teacher.model.layers)
+            widths[name] = layer_width(view, layer, meta)
+    plan_heads(losses, config.student.model.layers, student_widths, widths)
+
+
+def describe_student(config: Config, meta: Mapping[str, Any] | None) -> str:
+    """One line for people: what the student is and how it runs; ``meta`` None: the graph has no store yet."""
+    model = config.student.model
+    what = f"student: {model.kind}, {model.layers} layer{'s' if model.layers > 1 else ''}"
+    if model.kind in BUILT_IN_MODELS:
+        return f"{what}; runs layer by layer"
+    if meta is None:
+        return f"{what}; how it runs is known after partition"
+    return f"{what}; {check_student(config, meta).sentence(int(meta['halo_hops']))}"

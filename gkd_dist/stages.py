@@ -21,6 +21,7 @@ from gkd_dist.errors import ConfigError, DataError, ManifestError, ModelError, N
 from gkd_dist.models.io import read_model_document
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.plan import plan_knowledge, say_knowledge
+from gkd_dist.preflight import check_student
 from gkd_dist.session import Session
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
@@ -111,6 +112,7 @@ def teach_done(session: Session) -> bool:
 
 def teach(session: Session) -> None:
     """Trains each teacher that is not done in this process, or takes over its checkpoint."""
+    check_student(session.config, open_graph(session).manifest.meta)  # before the teacher's work, for nothing otherwise
     for view in session.views():
         if view is not session and teach_done(view):
             continue
@@ -325,6 +327,7 @@ def _infer_one(session: Session) -> None:
 
     graph = open_graph(session)
     check_losses(session.config, graph)  # before the teacher's work, which would be for nothing
+    check_student(session.config, graph.manifest.meta)
     say_knowledge(session.config, graph.manifest.meta)
     with task_progress(session, f"infer{_of_which(session)}") as progress:
         infer_nodes(
@@ -443,8 +446,11 @@ def distill(session: Session) -> None:
     from gkd_dist.distill.job import TrainJob, run_inline
 
     config = session.config.distill
-    tasks = student_tasks(session)
-    warn_of_little_halo(session.config, open_graph(session))
+    tasks, graph = student_tasks(session), open_graph(session)
+    found = check_student(session.config, graph.manifest.meta)
+    if not found.layered:
+        log.warning("student: %s", found.sentence(int(graph.manifest.meta["halo_hops"])))
+    warn_of_little_halo(session.config, graph)
     job = TrainJob(session.run, tasks, config, session.owner)
     if config.launcher in ("torchrun", "deepspeed"):
         _distill_in_group(job)

@@ -37,8 +37,10 @@ LOSSES = (
 )
 
 
-def small_world(root: str | Path, num_parts: int = 3, halo_hops: int = 2, num_nodes: int = 300) -> Storage:
-    """Graph store, untrained teacher and its knowledge (fp32) under ``root``."""
+def small_world(
+    root: str | Path, num_parts: int = 3, halo_hops: int = 2, num_nodes: int = 300, embeddings: tuple[int, ...] = ()
+) -> Storage:
+    """Graph store, untrained teacher and its knowledge (fp32) under ``root``, with ``embeddings`` of these layers."""
     storage = Storage.open(str(root))
     source = SyntheticSource(kind="synthetic", num_nodes=num_nodes, num_classes=3, average_degree=4, num_features=5)
     split = {"kind": "per_class", "train": 8, "val": 8}
@@ -52,7 +54,7 @@ def small_world(root: str | Path, num_parts: int = 3, halo_hops: int = 2, num_no
         storage.child("teacher"),
         GraphStore.open(storage.child("graph")),
         storage.child("knowledge"),
-        Wants(True, {1: {"sqeuclidean"}}),
+        Wants(True, {1: {"sqeuclidean"}}, embeddings),
         InferConfig(num_actors=0, dtype="fp32"),
         fingerprint="k" * 16,
     )

@@ -31,7 +31,17 @@ from gkd_dist.config.graph import (
     Split,
     SyntheticSource,
 )
-from gkd_dist.config.losses import KERNEL_METRICS, KdLoss, LabelLoss, Loss, LossConfig, LspLoss, Schedule
+from gkd_dist.config.losses import (
+    KERNEL_METRICS,
+    LAYER_LOSSES,
+    FitnetLoss,
+    KdLoss,
+    LabelLoss,
+    Loss,
+    LossConfig,
+    LspLoss,
+    Schedule,
+)
 from gkd_dist.config.models import BUILT_IN_MODELS, ModelConfig, resolve_layer
 from gkd_dist.config.run import Config
 from gkd_dist.config.stores import RayConfig, StorageConfig, Stores
@@ -50,12 +60,14 @@ from gkd_dist.config.training import (
 __all__ = [
     "BUILT_IN_MODELS",
     "KERNEL_METRICS",
+    "LAYER_LOSSES",
     "AllOr",
     "ArraysSource",
     "CacheConfig",
     "Config",
     "DistillConfig",
     "EdgeAttr",
+    "FitnetLoss",
     "Fraction",
     "GraphConfig",
     "InferConfig",

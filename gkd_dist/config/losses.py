@@ -87,4 +87,18 @@ class LspLoss(LossConfig):
         return KERNEL_METRICS[self.kernel]
 
 
-Loss = Annotated[LabelLoss | KdLoss | LspLoss, Field(discriminator="kind")]
+class FitnetLoss(LossConfig):
+    """Hints (Romero et al., ICLR 2015): the student's layer imitates the teacher's; see `gkd_dist.losses.fitnet`."""
+
+    kind: Literal["fitnet"]
+    teacher: str | None = Field(None, description="which of several teachers; null: all, the mean of their losses")
+    teacher_layer: Integer = -2
+    student_layer: Integer = -2
+    projection: Literal["auto", "linear", "none"] = Field(
+        "auto", description="linear map from the student's width to the teacher's; auto: where they differ"
+    )
+    normalize: bool = Field(False, description="compare directions: rows of both sides scaled to length 1")
+
+
+Loss = Annotated[LabelLoss | KdLoss | LspLoss | FitnetLoss, Field(discriminator="kind")]
+LAYER_LOSSES = (LspLoss, FitnetLoss)  # those that name a layer of the teacher and one of the student

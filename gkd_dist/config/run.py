@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from gkd_dist.config.base import Integer, Section, unknown_name
 from gkd_dist.config.graph import GraphConfig, PartitionConfig
-from gkd_dist.config.losses import KdLoss, LabelLoss, Loss, LspLoss
+from gkd_dist.config.losses import LAYER_LOSSES, FitnetLoss, KdLoss, LabelLoss, Loss, LspLoss
 from gkd_dist.config.models import ModelConfig, resolve_layer
 from gkd_dist.config.stores import RayConfig, StorageConfig, Stores
 from gkd_dist.config.training import DistillConfig, InferConfig, StudentConfig, TeacherConfig
@@ -45,7 +45,7 @@ class Config(Section):
     def _check(self) -> Config:
         self._check_teachers()
         for index, loss in enumerate(self.losses):
-            if isinstance(loss, LspLoss):
+            if isinstance(loss, LAYER_LOSSES):
                 for teacher in self.readers_of(loss):
                     who = f"teacher {teacher.name}: " if self.teachers else ""
                     _check_layer(f"losses.{index}.teacher_layer: {who}", loss.teacher_layer, teacher.model)
@@ -139,12 +139,12 @@ class Config(Section):
         return self.model_copy(update={"teacher": teacher, "teachers": (), "losses": losses, "partition": partition})
 
     def student_losses(self) -> tuple[Loss, ...]:
-        """The losses of the student; of several teachers, a structure loss against each, with a share of the weight."""
+        """The losses of the student; against each of several teachers a layer loss, with a share of the weight."""
         if not self.teachers:
             return self.view_of(self.teacher).losses
         found: list[Loss] = []
         for loss in self.losses:
-            if isinstance(loss, LspLoss) and loss.teacher is None:
+            if isinstance(loss, LAYER_LOSSES) and loss.teacher is None:
                 share = loss.weight / len(self.teachers)
                 found += [loss.model_copy(update={"teacher": t.name, "weight": share}) for t in self.teachers]
             else:
@@ -179,8 +179,13 @@ class Config(Section):
                 needed.setdefault(layer, set()).add(loss.metric)
         return needed
 
+    def embedding_layers(self) -> set[int]:
+        """Teacher layers (positive numbers) whose output itself is read, by fitnet terms."""
+        depth = self.teacher.model.layers
+        return {resolve_layer(loss.teacher_layer, depth) for loss in self.losses if isinstance(loss, FitnetLoss)}
+
     def required_halo_hops(self) -> int:
-        """Hops for which training is exact: depth for output terms, layer + 1 for LSP terms."""
+        """Hops for which training is exact: depth for output terms, layer + 1 for LSP terms, layer for fitnet terms."""
         depth = self.student.model.layers if self.student.model.kind != "mlp" else 0
         hops = depth
         for loss in self.losses:

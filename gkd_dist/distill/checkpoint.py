@@ -4,7 +4,7 @@
 
     checkpoints/writer.json                    who may write here, see `saving`
     checkpoints/latest.json                    steps that are committed, oldest first
-    checkpoints/step-00000500/state-<sha8>.safetensors   model/..., best/..., optimizer/<parameter>/<key>
+    checkpoints/step-00000500/state-<sha8>.safetensors   model/..., heads/..., best/..., optimizer/<parameter>/<key>
     checkpoints/step-00000500/COMMIT.json      digests, position, early stopping, sigmas
 
 A checkpoint counts once ``COMMIT.json`` is there and its digest fits; a damaged one is passed over
@@ -49,9 +49,10 @@ class TrainState:
     model: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)  # projections of loss terms, no part of the model
 
 
-_GROUPS = ("model", "best", "optimizer")
+_GROUPS = ("model", "heads", "best", "optimizer")
 _PLAIN = ("position", "global_step", "best_metric", "best_epoch", "bad_evals", "sigmas", "stopped")
 
 

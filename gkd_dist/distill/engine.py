@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dist.config import DistillConfig
-from gkd_dist.distill.module import StudentModule, call_module
+from gkd_dist.distill.module import StudentModule, as_student, call_module
 from gkd_dist.distill.optimizer import build_optimizer, set_lr
 from gkd_dist.errors import ConfigError
 from gkd_dist.graph import Batch
+from gkd_dist.losses.terms import Output
 from gkd_dist.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +91,7 @@ class DeepSpeedEngine:
         self._deepspeed, self._world = deepspeed, world
         self._stage, self._micro_steps = config.zero_stage, micro_steps
         self._dtype = DTYPES[config.precision]
-        module = StudentModule(model, config.checkpoint_layers).to(world.device)
+        module = as_student(model, config.checkpoint_layers).to(world.device)
         optimizer = build_optimizer(module.parameters(), config)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
@@ -113,9 +114,9 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def forward(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits and layer outputs in fp32."""
-        return call_module(self._engine, batch, layers, self._dtype)
+    def forward(self, batch: Batch, outputs: Sequence[Output]) -> tuple[Tensor, dict[Output, Tensor]]:
+        """Logits and further outputs in fp32."""
+        return call_module(self._engine, batch, outputs, self._dtype)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of ``loss``; DeepSpeed counts the micro-step itself."""
@@ -146,7 +147,13 @@ class DeepSpeedEngine:
 
     def model_state(self) -> dict[str, Tensor]:
         """Weights (fp32 masters) and buffers by name, copies on the CPU; all ranks must call."""
-        model = self.module.model
+        return self._state_of(self.module.model)
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The same of the projection heads, which are no part of the model."""
+        return self._state_of(self.module.heads) if len(self.module.heads) else {}
+
+    def _state_of(self, model: nn.Module) -> dict[str, Tensor]:
         with self._whole():
             state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         if self._dtype != torch.float32:
@@ -170,7 +177,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         out: dict[str, Tensor] = {}
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self.module.named_trained():
             for key in self._keys():
                 if self._plain():
                     value = self._torch_optimizer.state.get(parameter, {}).get(key)
@@ -212,7 +219,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def _fill_plain(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self.module.named_trained():
             for key in self._keys():
                 if f"{name}/{key}" in state:
                     self._torch_optimizer.state[parameter][key] = state[f"{name}/{key}"].to(parameter.device, copy=True)
@@ -220,7 +227,7 @@ class DeepSpeedEngine:
     def _fill_zero(self, state: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self.module.named_trained():
             for key in self._keys():
                 value = state.get(f"{name}/{key}")
                 if value is not None and self._stage == 3:

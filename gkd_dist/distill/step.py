@@ -19,6 +19,7 @@ from gkd_dist.distill.wishes import NUM_WISHES, Agreed
 from gkd_dist.errors import NonFiniteLossError
 from gkd_dist.graph import Batch
 from gkd_dist.losses.objective import Objective
+from gkd_dist.losses.terms import Output
 from gkd_dist.stream.order import hash_of
 from gkd_dist.world import World
 
@@ -26,8 +27,8 @@ from gkd_dist.world import World
 class Engine(Protocol):
     """What a step needs of an optimizer engine; gradients of ranks are averaged by it."""
 
-    def forward(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits and outputs of ``layers`` of the student."""
+    def forward(self, batch: Batch, outputs: Sequence[Output]) -> tuple[Tensor, dict[Output, Tensor]]:
+        """Logits and further ``outputs`` of the student: its layers, and heads of loss terms."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of ``loss``; ``last`` marks the end of the step."""
@@ -91,7 +92,7 @@ def train_step(
         last = index == len(batches) - 1
         world.place.unit = batch.unit
         with seeded(world.device, seed, step, batch.unit):
-            logits, layers = engine.forward(batch.with_noise(hash_of(seed, step)), objective.student_layers)
+            logits, layers = engine.forward(batch.with_noise(hash_of(seed, step)), objective.outputs)
         sums = objective.sums(batch, logits, layers, epoch)
         totals += sums.detach().double().cpu()
         if last:

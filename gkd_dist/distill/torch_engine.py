@@ -8,23 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dist.config import TrainConfig
-from gkd_dist.distill.module import StudentModule, call_module
+from gkd_dist.distill.module import as_student, call_module
 from gkd_dist.distill.optimizer import build_optimizer, set_lr
 from gkd_dist.graph import Batch
+from gkd_dist.losses.terms import Output
 
 
 class TorchEngine:
     """Model and optimizer of a world of one, in fp32."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-        self.module = StudentModule(model, config.checkpoint_layers).to(device)
+        self.module = as_student(model, config.checkpoint_layers).to(device)
         self._clip = config.grad_clip
         self._optimizer = build_optimizer(self.module.parameters(), config)
         self.grad_norm: float | None = None
 
-    def forward(self, batch: Batch, layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits and layer outputs in fp32."""
-        return call_module(self.module, batch, layers, torch.float32)
+    def forward(self, batch: Batch, outputs: Sequence[Output]) -> tuple[Tensor, dict[Output, Tensor]]:
+        """Logits and further outputs in fp32."""
+        return call_module(self.module, batch, outputs, torch.float32)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of ``loss``."""
@@ -49,10 +50,14 @@ class TorchEngine:
         """Weights and buffers by name, fp32 copies on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self.module.model.state_dict().items()}
 
+    def head_state(self) -> dict[str, Tensor]:
+        """Weights of projection heads by name, copies on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.module.head_state().items()}
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """State tensors as ``<parameter>/<key>``, copies on the CPU."""
         out = {}
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self.module.named_trained():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     out[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
@@ -60,7 +65,7 @@ class TorchEngine:
 
     def load_optimizer_state(self, state: dict[str, Tensor], empty: Batch | None = None) -> None:
         """Restores what `optimizer_state` gave."""
-        for name, parameter in self.module.model.named_parameters():
+        for name, parameter in self.module.named_trained():
             values = {key.rpartition("/")[2]: v for key, v in state.items() if key.rpartition("/")[0] == name}
             for key, value in values.items():
                 device = "cpu" if key == "step" else parameter.device

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dist import layout
-from gkd_dist.config import KdLoss, Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
+from gkd_dist.config import FitnetLoss, KdLoss, Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
 from gkd_dist.distill.checkpoint import TrainState, load_checkpoint
+from gkd_dist.distill.heads import HeadSpec, plan_heads, with_heads
 from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
 from gkd_dist.distill.saving import CheckpointSaver, Claim
@@ -28,10 +29,13 @@ from gkd_dist.distill.validation import Metrics, measure_medians, validate
 from gkd_dist.distill.wishes import Agreed, Wishes
 from gkd_dist.errors import ModelError, NewerModelError, StudentError, TerminatedError
 from gkd_dist.graph import Batch, Task
+from gkd_dist.losses.bounds import named_losses
 from gkd_dist.losses.objective import Objective
 from gkd_dist.losses.terms import ScoreKey, score_key
 from gkd_dist.models.build import build_model, resolve_model
 from gkd_dist.models.io import ModelSpec, read_model_document, save_model
+from gkd_dist.models.probe import layer_widths
+from gkd_dist.models.trainable import check_empty, refuse_untrainable
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
@@ -58,6 +62,7 @@ class TrainEngine(Engine, Protocol):
     def set_lr(self, lr: float) -> None: ...
     def train(self, mode: bool) -> None: ...
     def model_state(self) -> dict[str, Tensor]: ...
+    def head_state(self) -> dict[str, Tensor]: ...
     def optimizer_state(self) -> dict[str, Tensor]: ...
     def load_optimizer_state(self, state: dict[str, Tensor], empty: Batch) -> None: ...
     def close(self) -> None: ...
@@ -115,7 +120,13 @@ def teacher_wants(losses: tuple[Loss, ...], teacher_layers: int | Mapping[str, i
     }
     kd = [loss for loss in losses if isinstance(loss, KdLoss)]
     named = {loss.teacher for loss in kd if loss.teacher is not None}
-    return Wants.of(any(loss.teacher is None for loss in kd), scores, {loss.temperature for loss in kd}, named)
+    embeddings = {
+        (resolve_layer(loss.teacher_layer, depth(loss.teacher)), loss.teacher)
+        for loss in losses
+        if isinstance(loss, FitnetLoss)
+    }
+    temperatures = {loss.temperature for loss in kd}
+    return Wants.of(any(loss.teacher is None for loss in kd), scores, temperatures, named, embeddings)
 
 
 def build_objective(task: TrainTask) -> Objective:
@@ -138,6 +149,22 @@ def medians_of(manifest: Manifest, teacher: str | None) -> dict[ScoreKey, float]
         if value["median"] is not None:  # a graph without edges has none
             medians[score_key(int(layer), metric, teacher)] = float(value["median"])
     return medians
+
+
+def heads_of(task: TrainTask, model: nn.Module, loader: UnitLoader) -> tuple[HeadSpec, ...]:
+    """The heads that the losses of a task need between ``model`` and the teacher."""
+    hints = [(name, loss) for name, loss in named_losses(task.losses) if isinstance(loss, FitnetLoss)]
+    if not hints:
+        return ()
+    depth = lambda name: task.teacher_layers if isinstance(task.teacher_layers, int) else task.teacher_layers[str(name)]  # noqa: E731
+    stored = loader.embedding_widths()
+    teachers = {
+        name: stored[resolve_layer(loss.teacher_layer, depth(loss.teacher)), loss.teacher] for name, loss in hints
+    }
+    has_weight = bool(loader.graph.manifest.meta.get("has_edge_weight", False))
+    widths = layer_widths(model.eval(), loader.num_features, has_weight, loader.graph.num_edge_features)
+    model.train()
+    return plan_heads(task.losses, task.model.layers, widths, teachers)
 
 
 def agree_on_checkpoint(task: TrainTask, world: World) -> TrainState:
@@ -203,9 +230,14 @@ class Trainer:
             model = build_model(self.spec.config, self.spec.in_channels, self.spec.out_channels)
         if self.state.model:
             model.load_state_dict(self.state.model)
-        engine = make_engine(model, self.micro_steps)
-        engine.load_optimizer_state(self.state.optimizer, self.loader.empty().to(self.world.device))
-        self.state.model, self.state.optimizer = {}, {}  # the engine has them now
+        refuse_untrainable(model)
+        student = with_heads(model, heads_of(self.task, model, self.loader), self.task.seed, self.state.heads)
+        self.num_head_params = sum(parameter.numel() for parameter in student.heads.parameters())
+        empty = self.loader.empty()
+        check_empty(student.model, empty, self.world.rank)
+        engine = make_engine(student, self.micro_steps)
+        engine.load_optimizer_state(self.state.optimizer, empty.to(self.world.device))
+        self.state.model, self.state.heads, self.state.optimizer = {}, {}, {}  # the engine has them now
         self.objective.student_sigma = self.state.sigmas
         return engine
 
@@ -360,9 +392,10 @@ class Trainer:
         """All ranks gather; rank 0 keeps what was gathered, and its thread writes it."""
         self._at("keeping a checkpoint of")
         model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
+        state = replace(self.state, model=model, heads=self.engine.head_state(), optimizer=optimizer)
         self.wishes.saved()
         if self.saver is not None:
-            self.saver.save(replace(self.state, model=model, optimizer=optimizer, sigmas=dict(self.state.sigmas)))
+            self.saver.save(replace(state, sigmas=dict(self.state.sigmas)))
 
     def _give_up(self) -> None:
         if self.saver is not None:
@@ -404,7 +437,7 @@ class Trainer:
             peak_rss_bytes(),
             wait_s,
             self.resumed_from,
-            {"sigmas": dict(self.state.sigmas)},
+            {"sigmas": dict(self.state.sigmas), "num_head_params": self.num_head_params},
         )
 
 

@@ -108,7 +108,7 @@ class ScoreReader:
 def score_readers(losses: Sequence[Loss], teacher_layers: int) -> tuple[ScoreReader, ...]:
     """The terms of a configuration that read scores, under the names they have in an objective."""
     readers = []
-    for name, loss in zip(term_names(losses), losses, strict=True):
+    for name, loss in named_losses(losses):
         if isinstance(loss, LspLoss):
             kernel = Kernel(loss.kernel, loss.outer_softmax, loss.c, loss.degree, loss.temperature)
             sigma = loss.sigma if loss.teacher_sigma is None else loss.teacher_sigma
@@ -167,6 +167,11 @@ def _remedy(dtype: str) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def named_losses(losses: Sequence[Loss]) -> list[tuple[str, Loss]]:
+    """Every loss with the name that its term has."""
+    return list(zip(term_names(losses), losses, strict=True))
 
 
 def term_names(losses: Sequence[Loss]) -> list[str]:

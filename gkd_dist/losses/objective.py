@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gkd_dist.config import KdLoss, LabelLoss, Loss, resolve_layer
+from gkd_dist.config import FitnetLoss, KdLoss, LabelLoss, Loss, resolve_layer
 from gkd_dist.graph import Batch, Task
-from gkd_dist.losses.bounds import term_names
+from gkd_dist.losses.bounds import named_losses
 from gkd_dist.losses.median import NUM_KEYS, median_of_histogram
 from gkd_dist.losses.precision import at_least_fp32
-from gkd_dist.losses.terms import KdTerm, LabelTerm, LspTerm, ScoreKey, Term
+from gkd_dist.losses.terms import FitnetTerm, KdTerm, LabelTerm, LspTerm, Output, ScoreKey, Term
 
 INERT = 1e-6  # a gradient this much smaller than that of the labels changes nothing
 
@@ -49,7 +49,7 @@ class Objective:
     ) -> None:
         self._losses = tuple(losses)
         self._terms: list[Term] = []
-        for name, loss in zip(term_names(self._losses), self._losses, strict=True):
+        for name, loss in named_losses(self._losses):
             if isinstance(loss, LabelLoss):
                 self._terms.append(LabelTerm.of(name, loss, task))
             elif isinstance(loss, KdLoss):
@@ -58,7 +58,10 @@ class Objective:
                 depth = teacher_layers if isinstance(teacher_layers, int) else teacher_layers[str(loss.teacher)]
                 teacher_layer = resolve_layer(loss.teacher_layer, depth)
                 student_layer = resolve_layer(loss.student_layer, student_layers)
-                self._terms.append(LspTerm.of(name, loss, teacher_layer, student_layer, teacher_medians))
+                if isinstance(loss, FitnetLoss):
+                    self._terms.append(FitnetTerm.of(name, loss, teacher_layer, student_layer))
+                else:
+                    self._terms.append(LspTerm.of(name, loss, teacher_layer, student_layer, teacher_medians))
         self._warned: set[str] = set()
 
     @property
@@ -68,8 +71,13 @@ class Objective:
 
     @property
     def student_layers(self) -> tuple[int, ...]:
-        """Positive numbers of the student layers whose output `sums` needs, ascending."""
+        """Positive numbers of the student layers whose output `sums` needs on nodes of the halo too, ascending."""
         return tuple(sorted({term.student_layer for term in self._lsp}))
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """What `sums` needs of the student beside its logits: `student_layers`, and projection heads by their terms."""
+        return (*self.student_layers, *(term.name for term in self._terms if isinstance(term, FitnetTerm)))
 
     @property
     def _lsp(self) -> list[LspTerm]:
@@ -83,12 +91,13 @@ class Objective:
         """Items of each term in this batch, float64 [k]; known before the forward pass."""
         return torch.stack([term.count(batch).double() for term in self._terms])
 
-    def sums(self, batch: Batch, logits: Tensor, layers: Mapping[int, Tensor], epoch: int | None = None) -> Tensor:
+    def sums(self, batch: Batch, logits: Tensor, layers: Mapping[Output, Tensor], epoch: int | None = None) -> Tensor:
         """Differentiable sum of each term over this batch, float32 [k] (float64 for float64 outputs).
 
         ``logits`` [n, c] and ``layers[l]`` [n, d] are of all nodes of the batch, those beyond the
-        owned ones included. Every output is connected to the result, if only with a zero gradient,
-        also in an empty batch. With ``epoch`` given, terms whose weight is 0 in it are 0 unseen.
+        owned ones included; what a projection head gives is of the owned ones alone. Every output is
+        connected to the result, if only with a zero gradient, also in an empty batch. With ``epoch``
+        given, terms whose weight is 0 in it are 0 unseen.
         """
         active = [epoch is None or weight > 0 for weight in self.weights(epoch or 0).tolist()]
         off = at_least_fp32(logits).new_zeros(())
@@ -100,12 +109,12 @@ class Objective:
             sums = sums + at_least_fp32(output[: batch.num_owned]).sum() * 0
         return sums
 
-    def _unread(self, active: Sequence[bool], logits: Tensor, layers: Mapping[int, Tensor]) -> list[Tensor]:
+    def _unread(self, active: Sequence[bool], logits: Tensor, layers: Mapping[Output, Tensor]) -> list[Tensor]:
         """Outputs that no active term reads, whose parameters would get no gradient."""
         terms = [term for term, on in zip(self._terms, active, strict=True) if on]
-        read = {term.student_layer for term in terms if isinstance(term, LspTerm)}
+        read = {output for term in terms for output in term.reads}
         unread = [layers[layer] for layer in layers if layer not in read]
-        return unread if any(not isinstance(term, LspTerm) for term in terms) else [logits, *unread]
+        return unread if any(not term.reads for term in terms) else [logits, *unread]
 
     # --- widths from the student's own scores -------------------------------------------------
 
@@ -124,7 +133,7 @@ class Objective:
         """(term, student layer, metric) of the terms that still wait for a median."""
         return [(term.name, term.student_layer, term.kernel.metric) for term in self._lsp if term.student_sigma is None]
 
-    def student_histograms(self, batch: Batch, layers: Mapping[int, Tensor]) -> Tensor:
+    def student_histograms(self, batch: Batch, layers: Mapping[Output, Tensor]) -> Tensor:
         """Histogram of the student's scores for each entry of `needs_student_median`: int64 [w, 65536].
 
         To be added over all units and ranks and handed to `set_student_medians`.

@@ -16,9 +16,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from gkd_dist.config import KdLoss, LabelLoss, LspLoss
+from gkd_dist.config import FitnetLoss, KdLoss, LabelLoss, LspLoss
 from gkd_dist.errors import DataError, StudentError
 from gkd_dist.graph import Batch, Task
+from gkd_dist.losses.fitnet import fitnet_sum
 from gkd_dist.losses.kd import kd_sum
 from gkd_dist.losses.kernels import Kernel
 from gkd_dist.losses.label import label_sum, labelled
@@ -28,6 +29,7 @@ from gkd_dist.losses.scores import pattern_scores
 from gkd_dist.topk import TopK
 
 ScoreKey = tuple[int, str] | tuple[int, str, str]
+Output = int | str  # of a student: a layer (from 1), or what the projection head of a term gives
 
 
 def score_key(layer: int, metric: str, teacher: str | None) -> ScoreKey:
@@ -45,7 +47,11 @@ class Term(Protocol):
     def count(self, batch: Batch) -> Tensor:
         """Items of this batch, a scalar; known before the forward pass."""
 
-    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[int, Tensor]) -> Tensor:
+    @property
+    def reads(self) -> tuple[Output, ...]:
+        """What it reads of the student beside or in place of the logits; empty: the logits."""
+
+    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[Output, Tensor]) -> Tensor:
         """Loss summed over the items: ``logits`` [n, c], ``layers`` [n, d] each, to a scalar."""
 
 
@@ -61,11 +67,16 @@ class LabelTerm:
         """From its configuration."""
         return cls(name, task)
 
+    @property
+    def reads(self) -> tuple[Output, ...]:
+        """The logits."""
+        return ()
+
     def count(self, batch: Batch) -> Tensor:
         """Labelled training nodes."""
         return labelled(batch.y, batch.train_mask, self.task).sum()
 
-    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[int, Tensor]) -> Tensor:
+    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[Output, Tensor]) -> Tensor:
         """Cross-entropy summed over them."""
         return label_sum(logits[: batch.num_owned], batch.y, batch.train_mask, self.task)
 
@@ -85,6 +96,11 @@ class KdTerm:
         """From its configuration."""
         return cls(name, task, config.temperature, config.nodes, config.teacher)
 
+    @property
+    def reads(self) -> tuple[Output, ...]:
+        """The logits."""
+        return ()
+
     def _selected(self, batch: Batch) -> Tensor | None:
         if self.nodes == "all":
             return None
@@ -95,7 +111,7 @@ class KdTerm:
         selected = self._selected(batch)
         return torch.tensor(batch.num_owned, device=batch.x.device) if selected is None else selected.sum()
 
-    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[int, Tensor]) -> Tensor:
+    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[Output, Tensor]) -> Tensor:
         """Divergence summed over them."""
         teacher = batch.teacher_logits if self.teacher is None else batch.logits_of.get(self.teacher)
         if teacher is None:
@@ -163,6 +179,11 @@ class LspTerm:
             config.teacher,
         )
 
+    @property
+    def reads(self) -> tuple[Output, ...]:
+        """Its layer, of owned nodes and of their in-neighbours."""
+        return (self.student_layer,)
+
     def neighbours(self, batch: Batch) -> Neighbours:
         """In-edges of owned nodes that the term looks at."""
         return Neighbours.of_graph(batch.graph, batch.num_owned, self_loops=self.self_loops)
@@ -173,7 +194,7 @@ class LspTerm:
         count = neighbours.num_nodes if self.reduction == "nodes" else neighbours.num_edges
         return torch.tensor(count, device=batch.x.device)
 
-    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[int, Tensor]) -> Tensor:
+    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[Output, Tensor]) -> Tensor:
         """Divergence summed over owned nodes."""
         if self.student_sigma is None:
             raise StudentError(
@@ -190,13 +211,13 @@ class LspTerm:
             self.direction,
         )
 
-    def student_histogram(self, batch: Batch, layers: Mapping[int, Tensor]) -> Tensor:
+    def student_histogram(self, batch: Batch, layers: Mapping[Output, Tensor]) -> Tensor:
         """Histogram of the student's scores in this batch, int64 [65536]."""
         neighbours = self.neighbours(batch)
         with torch.no_grad():
             return neighbour_histogram(self._student_scores(layers, neighbours), neighbours)
 
-    def _student_scores(self, layers: Mapping[int, Tensor], neighbours: Neighbours) -> Tensor:
+    def _student_scores(self, layers: Mapping[Output, Tensor], neighbours: Neighbours) -> Tensor:
         z = layers[self.student_layer]
         return pattern_scores(z, neighbours.pattern, self.kernel.metric, rows=neighbours.rows)
 
@@ -213,3 +234,47 @@ class LspTerm:
                 f"{batch.num_owned_edges} in-edges of owned nodes; run `gkd infer` again"
             )
         return scores
+
+
+@dataclass(frozen=True)
+class FitnetTerm:
+    """Mean squared error between a student layer, projected to the teacher's width, and a teacher layer.
+
+    Layers are positive numbers. The head that projects has the name of the term. ``teacher`` names one of several.
+    """
+
+    name: str
+    teacher_layer: int
+    student_layer: int
+    normalize: bool
+    teacher: str | None = None
+
+    @classmethod
+    def of(cls, name: str, config: FitnetLoss, teacher_layer: int, student_layer: int) -> FitnetTerm:
+        """From its configuration, layers as positive numbers."""
+        return cls(name, teacher_layer, student_layer, config.normalize, config.teacher)
+
+    @property
+    def reads(self) -> tuple[Output, ...]:
+        """What its head gives, of owned nodes."""
+        return (self.name,)
+
+    def count(self, batch: Batch) -> Tensor:
+        """Owned nodes."""
+        return torch.tensor(batch.num_owned, device=batch.x.device)
+
+    def sum(self, batch: Batch, logits: Tensor, layers: Mapping[Output, Tensor]) -> Tensor:
+        """Mean squared errors summed over owned nodes; ``layers`` has the output [num_owned, d] of the head."""
+        teacher = batch.teacher_embeddings.get((self.teacher_layer, self.teacher))
+        if teacher is None:
+            raise DataError(
+                f"loss {self.name} needs embeddings of teacher layer {self.teacher_layer}, but unit {batch.unit} has "
+                "none; run `gkd infer`"
+            )
+        projected = layers[self.name]
+        if projected.shape != teacher.shape:
+            raise DataError(
+                f"loss {self.name}: the student's projected layer of unit {batch.unit} is {list(projected.shape)}, "
+                f"the teacher's {list(teacher.shape)}; set projection to auto"
+            )
+        return fitnet_sum(projected, teacher, self.normalize)

@@ -21,6 +21,7 @@ from gkd_dist.models.basic_gnn import (
 )
 from gkd_dist.models.embedding import sized_for
 from gkd_dist.models.layered import LayeredModel, forward_layers, is_layered, why_not_layered
+from gkd_dist.models.norm import tell_norms
 
 _POSITIONAL = (
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -113,6 +114,8 @@ def run_model(
         return forward_layers(model, x, graph, layers, recompute)
     if layers:
         raise ModelError(f"{no_layers(model)}, or drop the loss terms that read layers")
+    if model.training:
+        tell_norms(model, graph)
     positional, named = edge_inputs(model, graph)
     return model(x, graph.edge_index, *positional, **named), {}
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import HaloRows, LocalGraph
+from gkd_dist.models.norm import tell_norms
 
 
 def run_stack(
@@ -63,6 +64,8 @@ def _layer(
     graph: LocalGraph,
 ) -> tuple[Tensor, Tensor | None]:
     """``z_l`` and, below the last layer, ``h_l``; of owned rows where the others come from elsewhere."""
+    if model.training:
+        tell_norms(model, graph)
     z = checked_layer(model, layer, stack.forward_layer(layer, h, graph), graph)
     if graph.halo is not None:
         z = z[: graph.num_owned]

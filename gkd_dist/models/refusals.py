@@ -9,7 +9,7 @@ from torch_geometric import nn as pyg
 
 from gkd_dist.errors import ModelError
 
-_NODE_NORM = "train the teacher with norm: batch_norm, or with norm: layer_norm and norm_kwargs: {mode: node}"
+_NODE_NORM = "use norm: batch_norm, or norm: layer_norm with norm_kwargs: {mode: node}"
 _WHOLE_GRAPH = (pyg.GraphNorm, pyg.PairNorm, pyg.GraphSizeNorm, pyg.MeanSubtractionNorm)
 
 
@@ -33,7 +33,7 @@ def _unsuitable(model: nn.Module) -> Iterator[str]:
         if isinstance(module, pyg.LayerNorm) and module.mode == "graph":
             yield (
                 f"{name} has mode 'graph', PyG's default, and normalises over all nodes at once, which no part has; "
-                "train the teacher with norm_kwargs: {mode: node}"
+                "use norm_kwargs: {mode: node}"
             )
         if isinstance(module, pyg.InstanceNorm) and not module.track_running_stats:
             yield _no_statistics(name)
@@ -49,5 +49,5 @@ def _unsuitable(model: nn.Module) -> Iterator[str]:
 def _no_statistics(name: str) -> str:
     return (
         f"{name} has track_running_stats=False and normalises by the nodes it is given, of which a part has only some; "
-        "train the teacher with norm_kwargs: {track_running_stats: true}"
+        "use norm_kwargs: {track_running_stats: true}"
     )

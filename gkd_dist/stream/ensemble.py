@@ -16,18 +16,22 @@ from torch import Tensor
 from gkd_dist.errors import ManifestError
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
-from gkd_dist.stream.knowledge import KnowledgeStore, ScoreKey, Wants
+from gkd_dist.stream.knowledge import EmbeddingKey, KnowledgeStore, ScoreKey, Wants
 from gkd_dist.topk import TopK
 
 Stored = tuple[Storage, Manifest]
 
 
 class Taught(NamedTuple):
-    """Of one part: logits float32 [o, c] of the teacher or the mean of all, scores float32 [m], logits by teacher."""
+    """Of one part: logits float32 [o, c] of the teacher or the mean of all, and what single teachers know.
+
+    Scores float32 [m] each, embeddings float32 [o, d] each, logits by teacher.
+    """
 
     logits: Tensor | TopK | None
     scores: dict[ScoreKey, Tensor]
     logits_of: dict[str, Tensor | TopK]
+    embeddings: dict[EmbeddingKey, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,25 @@ class Ensemble:
     def part(self, index: int, graph_part: dict[str, Tensor], wants: Wants) -> Taught:
         """What all teachers know of part ``index``."""
         logits, scores, logits_of = [], dict[ScoreKey, Tensor](), dict[str, Tensor | TopK]()
+        embeddings = dict[EmbeddingKey, Tensor]()
         for name, stored in self.stores.items():
             mine = self._wants_of(name, wants)
             if not mine:
                 continue
-            found, known = KnowledgeStore(*stored).part(index, graph_part, mine)
+            found, known, kept = KnowledgeStore(*stored).part(index, graph_part, mine)
             scores |= {(layer, metric, name): values for (layer, metric, *_), values in known.items()}
+            embeddings |= {(layer, name): values for (layer, _), values in kept.items()}
             if wants.logits and isinstance(found, Tensor):
                 logits.append(found)
             if name in wants.logits_of and found is not None:
                 logits_of[name] = found
         mean = torch.stack(logits).mean(0) if wants.logits else None
-        return Taught(mean, scores, logits_of)
+        return Taught(mean, scores, logits_of, embeddings)
+
+    def embedding_width(self, key: EmbeddingKey) -> int:
+        """Channels of the stored embeddings of a layer of the teacher that ``key`` names, after `check`."""
+        layer, name = key
+        return KnowledgeStore(*self.stores[str(name)]).embedding_width(layer)
 
     def num_bytes(self, index: int, wants: Wants) -> int:
         """Bytes that `part` reads."""
@@ -81,4 +92,5 @@ class Ensemble:
     @staticmethod
     def _wants_of(name: str, wants: Wants) -> Wants:
         scores = {(layer, metric) for layer, metric, *teacher in wants.scores if teacher == [name]}
-        return Wants.of(wants.logits or name in wants.logits_of, scores, wants.temperatures)
+        embeddings = {(layer, None) for layer, teacher in wants.embeddings if teacher == name}
+        return Wants.of(wants.logits or name in wants.logits_of, scores, wants.temperatures, embeddings=embeddings)

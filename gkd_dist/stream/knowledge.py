@@ -28,11 +28,12 @@ OFFSET, SCALE = ".offset", ".scale"
 LOGITS, TOP, INDEX, TAIL = "logits", "logits.topk", "logits.index", "logits.tail"
 Score = tuple[int, str]  # (teacher layer from 1, metric)
 ScoreKey = Score | tuple[int, str, str]  # with the name of the teacher, where there are several
+EmbeddingKey = tuple[int, str | None]  # teacher layer from 1, and the name of the teacher where there are several
 
 
 @dataclass(frozen=True)
 class Wants:
-    """What the losses need to know of the teacher: its logits, and raw scores by (layer, metric).
+    """What the losses need to know of the teacher: its logits, raw scores by (layer, metric), embeddings by layer.
 
     ``temperatures`` are those that the logits are used at, which matters where only the largest are stored.
     Where there are several teachers, ``logits`` is their mean, ``logits_of`` names those whose own are
@@ -43,6 +44,7 @@ class Wants:
     scores: frozenset[ScoreKey] = frozenset()
     temperatures: frozenset[float] = frozenset()
     logits_of: frozenset[str] = frozenset()
+    embeddings: frozenset[EmbeddingKey] = frozenset()
 
     @classmethod
     def of(
@@ -51,16 +53,32 @@ class Wants:
         scores: Iterable[ScoreKey] = (),
         temperatures: Iterable[float] = (),
         logits_of: Iterable[str] = (),
+        embeddings: Iterable[EmbeddingKey] = (),
     ) -> Wants:
         """The same from any iterables."""
-        return cls(logits, frozenset(scores), frozenset(temperatures), frozenset(logits_of))
+        return cls(logits, frozenset(scores), frozenset(temperatures), frozenset(logits_of), frozenset(embeddings))
 
     def __bool__(self) -> bool:
-        return self.logits or bool(self.scores) or bool(self.logits_of)
+        return self.logits or bool(self.scores or self.logits_of or self.embeddings)
 
     def sorted_scores(self) -> list[ScoreKey]:
         """Scores in the order in which they are read."""
         return sorted(self.scores)
+
+    def sorted_embeddings(self) -> list[EmbeddingKey]:
+        """Embeddings in the order in which they are read."""
+        return sorted(self.embeddings, key=lambda key: (key[0], key[1] or ""))
+
+
+class Known(NamedTuple):
+    """What a teacher knows of one part of o owned nodes and m in-edges.
+
+    Logits float32 [o, c] or the largest of them, scores float32 [m] each, embeddings float32 [o, d] each.
+    """
+
+    logits: Tensor | TopK | None
+    scores: dict[ScoreKey, Tensor]
+    embeddings: dict[EmbeddingKey, Tensor]
 
 
 NOTHING = Wants()
@@ -91,10 +109,8 @@ class KnowledgeStore(NamedTuple):
                 f"{topk['temperatures']}, a kd loss asks for {absent[0]:g}; run `gkd infer` with the losses of this run"
             )
 
-    def part(
-        self, index: int, graph_part: dict[str, Tensor], wants: Wants
-    ) -> tuple[Tensor | TopK | None, dict[ScoreKey, Tensor]]:
-        """Logits float32 [num_owned, c], or their `TopK`, and scores float32 [num_owned_edges] of part ``index``."""
+    def part(self, index: int, graph_part: dict[str, Tensor], wants: Wants) -> Known:
+        """What is wanted of part ``index``."""
         values = self.values(index, graph_part, self._names(self.manifest.parts[index], wants))
         scores: dict[ScoreKey, Tensor] = {}
         inner: LocalGraph | None = None
@@ -105,7 +121,14 @@ class KnowledgeStore(NamedTuple):
             embeddings = values[embedding_name(layer)]
             inner = inner or local_graph(graph_part, embeddings.size(0), graph_part["y"].size(0))
             scores[layer, metric] = pattern_scores(embeddings, inner.pattern, cast(Metric, metric))
-        return values.get(LOGITS, self._top_k(values)), scores
+        num_owned = self.manifest.parts[index].counts["num_owned"]
+        kept = {key: values[embedding_name(key[0])][:num_owned].clone() for key in wants.sorted_embeddings()}
+        return Known(values.get(LOGITS, self._top_k(values)), scores, kept)
+
+    def embedding_width(self, layer: int) -> int:
+        """Channels of the stored embeddings of a layer, after `check`."""
+        stored = {tensor.name: tensor for tensor in self.manifest.parts[0].tensors}
+        return int(stored[embedding_name(layer)].shape[1])
 
     def _top_k(self, values: Mapping[str, Tensor]) -> TopK | None:
         """The largest logits, where these are stored and were read."""
@@ -146,6 +169,10 @@ class KnowledgeStore(NamedTuple):
             if not stored & {score, embeddings}:
                 self._missing(f"neither {score} nor {embeddings}", stored)
             names |= {score, *(stored & {score + OFFSET, score + SCALE})} if score in stored else {embeddings}
+        for layer, _ in wants.sorted_embeddings():
+            if embedding_name(layer) not in stored:
+                self._missing(f"no {embedding_name(layer)}", stored)
+            names.add(embedding_name(layer))
         if not names <= stored:
             self._missing("no logits", stored)
         return sorted(names)

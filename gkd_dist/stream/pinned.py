@@ -23,6 +23,7 @@ def pinned(batch: Batch) -> Batch:
         teacher_logits=None if logits is None else logits.pin_memory(),
         teacher_scores={key: scores.pin_memory() for key, scores in batch.teacher_scores.items()},
         logits_of={name: values.pin_memory() for name, values in batch.logits_of.items()},
+        teacher_embeddings={key: values.pin_memory() for key, values in batch.teacher_embeddings.items()},
     )
 
 

@@ -10,7 +10,7 @@ Shapes: ``n`` nodes, ``m`` edges of a batch; ``f`` features of a node, ``a`` of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ from gkd_dist.shards.manifest import Manifest
 from gkd_dist.sparse import CsrPattern
 from gkd_dist.storage import Storage
 from gkd_dist.stream.ensemble import Ensemble, Taught
-from gkd_dist.stream.knowledge import NOTHING, KnowledgeStore, Wants
+from gkd_dist.stream.knowledge import NOTHING, EmbeddingKey, KnowledgeStore, Wants
 from gkd_dist.stream.merge import LocalPart, merge_edges, merge_nodes
 from gkd_dist.topk import concatenate
 
@@ -103,6 +103,7 @@ class UnitLoader:
             teacher_logits=taught.logits,
             teacher_scores=taught.scores,
             logits_of=taught.logits_of,
+            teacher_embeddings=taught.embeddings,
         )
 
     def empty(self) -> Batch:
@@ -111,7 +112,16 @@ class UnitLoader:
         weighted = bool(meta.get("has_edge_weight", False))
         attributes = self.graph.num_edge_features
         classes = int(meta["num_classes"])
-        return empty_batch(self.num_features, classes, meta["task"], self.wants, weighted, attributes)
+        widths = self.embedding_widths()
+        return empty_batch(self.num_features, classes, meta["task"], self.wants, weighted, attributes, widths)
+
+    def embedding_widths(self) -> dict[EmbeddingKey, int]:
+        """Channels of each teacher layer that is wanted as it is."""
+        if self.knowledge is None:
+            return {}
+        if isinstance(self.knowledge, Ensemble):
+            return {key: self.knowledge.embedding_width(key) for key in self.wants.sorted_embeddings()}
+        return {key: self.knowledge.embedding_width(key[0]) for key in self.wants.sorted_embeddings()}
 
     def size_of(self, unit: int | None) -> int:
         """Bytes of the batch of ``unit``, known before it is read; an upper bound where parts are merged."""
@@ -122,7 +132,7 @@ class UnitLoader:
         label_bytes = 8 if meta["task"] == "multiclass" else 4 * classes
         per_node = 4 * self.num_features + 8 + 16 + 4 + 1  # x, n_id, both indptr, degree, loop
         per_edge = 3 * 8 + 4 * bool(meta.get("has_edge_weight", False)) + 4 * self.graph.num_edge_features
-        per_owned = label_bytes + len(SPLITS) + self._logit_bytes(classes)
+        per_owned = label_bytes + len(SPLITS) + self._logit_bytes(classes) + 4 * sum(self.embedding_widths().values())
         total = 16
         for part in self.units[unit]:
             entry = self.graph.manifest.parts[part]
@@ -201,19 +211,20 @@ class UnitLoader:
     def _teacher(self, parts: list[LocalPart]) -> Taught:
         """Logits and scores of the owned nodes and their in-edges, part after part."""
         if self.knowledge is None:
-            return Taught(None, {}, {})
+            return Taught(None, {}, {}, {})
         known = [self._taught(part) for part in parts]
         logits = concatenate([one.logits for one in known if one.logits is not None]) if self.wants.logits else None
         scores = {key: torch.cat([one.scores[key] for one in known]) for key in self.wants.sorted_scores()}
-        return Taught(
-            logits, scores, {name: concatenate([one.logits_of[name] for one in known]) for name in self.wants.logits_of}
-        )
+        logits_of = {name: concatenate([one.logits_of[name] for one in known]) for name in self.wants.logits_of}
+        kept = {key: torch.cat([one.embeddings[key] for one in known]) for key in self.wants.sorted_embeddings()}
+        return Taught(logits, scores, logits_of, kept)
 
     def _taught(self, part: LocalPart) -> Taught:
         if isinstance(self.knowledge, Ensemble):
             return self.knowledge.part(part.index, part.tensors, self.wants)
         assert self.knowledge is not None
-        return Taught(*self.knowledge.part(part.index, part.tensors, self.wants), {})
+        logits, scores, embeddings = self.knowledge.part(part.index, part.tensors, self.wants)
+        return Taught(logits, scores, {}, embeddings)
 
     def _x(self, part: LocalPart) -> Tensor:
         """Features of the nodes in use, float32 [num_nodes, f]."""
@@ -238,6 +249,7 @@ def empty_batch(
     wants: Wants = NOTHING,
     weighted: bool = False,
     num_edge_features: int = 0,
+    embedding_widths: Mapping[EmbeddingKey, int] | None = None,
 ) -> Batch:
     """A batch without nodes, with every tensor that a real one has.
 
@@ -267,4 +279,5 @@ def empty_batch(
         teacher_logits=torch.empty(0, num_classes) if wants.logits else None,
         teacher_scores={key: none for key in wants.sorted_scores()},
         logits_of={name: torch.empty(0, num_classes) for name in wants.logits_of},
+        teacher_embeddings={key: torch.empty(0, width) for key, width in (embedding_widths or {}).items()},
     )

@@ -78,7 +78,9 @@ def test_all_metrics_of_several_layers_equal_dense_references(make_world: MakeWo
         z = embeddings(world, model, layer)
         for part, entry in enumerate(manifest.parts):
             tensors, source, target = owned_edges(graph, part)
-            _, scores = KnowledgeStore(out, manifest).part(part, tensors, Read.of(scores=[(layer, m) for m in METRICS]))
+            scores = (
+                KnowledgeStore(out, manifest).part(part, tensors, Read.of(scores=[(layer, m) for m in METRICS])).scores
+            )
             for metric in METRICS:
                 exact, found = reference(z, source, target, metric), scores[layer, metric].double()
                 info, whole = entry.meta["floats"][f"scores.{layer}.{metric}"], manifest.meta["scores"]
@@ -165,7 +167,7 @@ def test_any_sampled_neighbourhood_has_the_softmax_of_the_embeddings(make_world:
     form = objective._terms[0].kernel  # type: ignore[attr-defined]
     for part in range(graph.num_parts):
         tensors, source, target = owned_edges(graph, part)
-        _, scores = KnowledgeStore(out, manifest).part(part, tensors, Read.of(scores=[(LAYER, "sqeuclidean")]))
+        scores = KnowledgeStore(out, manifest).part(part, tensors, Read.of(scores=[(LAYER, "sqeuclidean")])).scores
         arguments = form.logits(scores[LAYER, "sqeuclidean"].double(), sigma)
         for fan_out in (1, 2, 5):
             for node in target.unique().tolist():
@@ -237,7 +239,7 @@ def test_a_temperature_that_was_not_stored_names_the_stage(make_world: MakeWorld
 def test_without_a_kd_loss_there_is_no_tail(make_world: MakeWorld) -> None:
     graph, out, manifest, logits = infer_top(make_world(), 2, ())
     assert {tensor.name for tensor in manifest.parts[0].tensors} == {"logits.topk", "logits.index"}
-    found, _ = KnowledgeStore(out, manifest).part(0, {}, Read.of(True))
+    found = KnowledgeStore(out, manifest).part(0, {}, Read.of(True)).logits
     assert isinstance(found, TopK)
     owned = graph.part(0, ["n_id"])["n_id"][: found.num_nodes]
     assert torch.equal(found.index[:, 0].long(), logits[owned].argmax(1))

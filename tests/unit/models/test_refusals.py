@@ -12,9 +12,9 @@ from torch import nn
 from gkd_dist.errors import ModelError
 from gkd_dist.models.refusals import refuse_unsuitable
 
-MODE = r"mode 'graph', PyG's default, .*train the teacher with norm_kwargs: \{mode: node\}$"
-WHOLE = r"normalises over the whole graph.*norm: batch_norm, or with norm: layer_norm and norm_kwargs: \{mode: node\}$"
-TRACK = r"track_running_stats=False .*train the teacher with norm_kwargs: \{track_running_stats: true\}$"
+MODE = r"mode 'graph', PyG's default, .*use norm_kwargs: \{mode: node\}$"
+WHOLE = r"normalises over the whole graph.*norm: batch_norm, or norm: layer_norm with norm_kwargs: \{mode: node\}$"
+TRACK = r"track_running_stats=False .*use norm_kwargs: \{track_running_stats: true\}$"
 
 
 def gnn(norm: str | None = None, **norm_kwargs: Any) -> nn.Module:
