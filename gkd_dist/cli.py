@@ -279,6 +279,7 @@ def _print_plan(config: Config, decisions: list[flow.Decision], as_json: bool) -
 
 def _print_result(session: Any, as_json: bool) -> None:
     from gkd_dist import layout
+    from gkd_dist.export import code_argument
     from gkd_dist.report import format_table
 
     metrics = session.run.read_json(layout.METRICS)
@@ -288,7 +289,7 @@ def _print_result(session: Any, as_json: bool) -> None:
     print(format_table(metrics))
     where = session.run.local_path() or session.run.url
     print(f"\nreport       {where}/{layout.REPORT}\ncurves       tensorboard --logdir {where}/{layout.TENSORBOARD}")
-    print(f"student      gkd_dist.load_student({str(where)!r})")
+    print(f"student      gkd_dist.load_student({str(where)!r}{code_argument(session.config.student.model.kind)})")
 
 
 def _predict(args: argparse.Namespace) -> int:

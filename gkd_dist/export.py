@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from gkd_dist.config import Config, ModelConfig
+from gkd_dist.config import BUILT_IN_MODELS, Config, ModelConfig
 from gkd_dist.models.io import read_model, save_model
 from gkd_dist.storage import Storage
 
@@ -21,13 +21,13 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
     model, features = config.student.model, config.student.features
     kinds = [teacher.model.kind for teacher in config.all_teachers()]
     teachers = f"a {kinds[0]} teacher" if len(kinds) == 1 else f"{len(kinds)} teachers ({', '.join(kinds)})"
+    norm = f"norm {model.norm}, " if model.kind in BUILT_IN_MODELS else ""
     width = graph["num_features"] if features is None else graph["features"][features]
     return "\n".join(
         [
             f"# {model.kind} student, distilled on {graph['name']}",
             "",
-            f"{model.layers} layers, {model.hidden} hidden units, norm {model.norm}, distilled from "
-            f"{teachers} with gkd_dist.",
+            f"{model.layers} layers, {model.hidden} hidden units, {norm}distilled from {teachers} with gkd_dist.",
             "",
             *_only_this_graph(model, graph),
             "## Results",
@@ -52,7 +52,7 @@ def model_card(config: Config, graph: dict[str, Any], metrics: dict[str, Any]) -
             "```python",
             "import gkd_dist",
             "",
-            'model = gkd_dist.load_model("URL of this folder")',
+            f'model = gkd_dist.load_model("URL of this folder"{code_argument(model.kind)})',
             f"logits = model(x, edge_index)  # x [n, {width}]{'' if features is None else f' of {features}'}, "
             "edge_index [2, m]",
             "```",
@@ -66,6 +66,11 @@ def _only_this_graph(model: ModelConfig, graph: dict[str, Any]) -> list[str]:
         return []
     text = f"It has a learned vector of {model.node_embedding} numbers for each of the {graph['num_nodes']:,} nodes of"
     return [f"{text} that graph, so it is of no use on another one.", ""]
+
+
+def code_argument(kind: str) -> str:
+    """What a call that loads a model of this kind has to say beside the URL: a class that is imported is named."""
+    return "" if kind in BUILT_IN_MODELS else f", allow_code=[{kind!r}]"
 
 
 def _loss_line(loss: Any) -> str:

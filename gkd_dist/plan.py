@@ -156,17 +156,19 @@ def _logit_kinds(config: Config, meta: Mapping[str, Any]) -> Iterator[Kind]:
 def describe_layers(config: Config, meta: Mapping[str, Any]) -> list[str]:
     """What is stored of each layer, and from which average degree on the other form is smaller."""
     scores, _ = plan_knowledge(config, meta)
-    hints = [
-        f"layer {layer}: embeddings of width {layer_width(config, layer, meta)} stored, which a fitnet loss reads as "
-        f"they are: {_embedding_bytes(config, meta, layer):,} bytes"
-        for layer in sorted(config.embedding_layers())
+    hints = config.embedding_layers()
+    lines = [
+        f"layer {layer}: embeddings of width {layer_width(config, layer, meta)} stored for a fitnet loss, which reads "
+        f"them as they are ({_embedding_bytes(config, meta, layer):,} bytes); scores follow from them where not stored"
+        for layer in sorted(hints)
     ]
-    return hints + [
+    return lines + [
         f"layer {layer}: {'scores' if layer in scores else 'embeddings'} stored (average degree "
         f"{meta['num_edges'] / max(1, meta['num_nodes']):.1f}; embeddings of width "
         f"{layer_width(config, layer, meta)} are smaller above "
         f"{crossover_degree(config, meta, layer, len(metrics)):.1f})"
         for layer, metrics in sorted(config.knowledge_layers().items())
+        if layer in scores or layer not in hints
     ]
 
 

@@ -46,3 +46,13 @@ class Layered(nn.Module):
 def linear_function(in_channels: int, out_channels: int) -> Tensor:
     """Gives a matrix where a module is due."""
     return torch.zeros(in_channels, out_channels)
+
+
+class Greedy(Plain):
+    """Asks for the largest feature there is, also where there is none."""
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+        """[n, in_channels] to [n, out_channels]."""
+        if x.numel() == 0:
+            x.max()
+        return super().forward(x, edge_index, edge_weight)

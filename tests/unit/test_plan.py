@@ -61,6 +61,26 @@ def test_embeddings_by_hand() -> None:
     assert found["embeddings.1"] == ("fp16", (2000, 5), 20_000)
 
 
+def hinted(*overrides: str) -> Config:
+    return parse_config(YAML + "  - {kind: fitnet, teacher_layer: 1, student_layer: 1}\n", overrides=overrides)
+
+
+def test_a_hint_stores_embeddings_from_which_scores_follow() -> None:
+    def names(*overrides: str) -> set[str]:
+        return {kind.name for kind in knowledge_kinds(hinted(*overrides), META)} - {"logits"}
+
+    found = {kind.name: kind for kind in knowledge_kinds(hinted(), META)}
+    assert (found["embeddings.1"].shape, found["embeddings.1"].num_bytes) == ((2000, 5), 20_000)
+    assert names() == {"embeddings.1", "embeddings.2"}
+    assert names("infer.scores=scores") == {"embeddings.1", "scores.1.sqeuclidean", "scores.2.cosine"}
+    assert names("infer.max_kl=1", "infer.dtype=fp32") >= {"embeddings.1", "scores.1.sqeuclidean"}
+    text = format_knowledge(hinted(), META)
+    assert (
+        "layer 1: embeddings of width 5 stored for a fitnet loss, which reads them as they are (20,000 bytes)" in text
+    )
+    assert text.count("layer 1: ") == 1
+
+
 def test_the_largest_logits_by_hand() -> None:
     found = sizes("infer.logits=3")
     assert found["logits.topk"] == ("fp16", (1000, 3), 6000)
