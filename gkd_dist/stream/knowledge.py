@@ -121,8 +121,9 @@ class KnowledgeStore(NamedTuple):
             embeddings = values[embedding_name(layer)]
             inner = inner or local_graph(graph_part, embeddings.size(0), graph_part["y"].size(0))
             scores[layer, metric] = pattern_scores(embeddings, inner.pattern, cast(Metric, metric))
-        num_owned = self.manifest.parts[index].counts["num_owned"]
-        kept = {key: values[embedding_name(key[0])][:num_owned].clone() for key in wants.sorted_embeddings()}
+        kept = {
+            key: values[embedding_name(key[0])][: graph_part["y"].size(0)].clone() for key in wants.sorted_embeddings()
+        }
         return Known(values.get(LOGITS, self._top_k(values)), scores, kept)
 
     def embedding_width(self, layer: int) -> int:
