@@ -7,7 +7,7 @@ test can be rank 3 of 8 in a single process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -116,6 +116,22 @@ class World:
         with self._bounded():
             dist.broadcast(shared, src=0)
         return shared.to(values.device)
+
+    def all_to_all(
+        self, rows: Tensor, sent: Sequence[int], received: Sequence[int], into: Tensor | None = None
+    ) -> Tensor:
+        """Blocks of ``rows`` to every rank, and the blocks that every rank has for this one, in the order of ranks.
+
+        ``rows`` [sum(sent), ...]; ``sent`` and ``received`` are rows per rank, and each rank must expect what
+        the others send. Returns [sum(received), ...] on the device of ``rows``, or fills ``into`` of that shape.
+        """
+        out = rows.new_empty(sum(received), *rows.shape[1:]) if into is None else into
+        if self.world_size == 1:
+            return out.copy_(rows)
+        buffer = out if out.device == self.device and out.is_contiguous() else torch.empty_like(out, device=self.device)
+        with self._bounded():
+            dist.all_to_all_single(buffer, rows.to(self.device).contiguous(), list(received), list(sent))
+        return out if buffer is out else out.copy_(buffer)
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:

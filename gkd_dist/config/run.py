@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from gkd_dist.config.base import Integer, Section, unknown_name
 from gkd_dist.config.graph import GraphConfig, PartitionConfig
 from gkd_dist.config.losses import LAYER_LOSSES, FitnetLoss, KdLoss, LabelLoss, Loss, LspLoss
-from gkd_dist.config.models import ModelConfig, resolve_layer
+from gkd_dist.config.models import BUILT_IN_MODELS, ModelConfig, resolve_layer
 from gkd_dist.config.stores import RayConfig, StorageConfig, Stores
 from gkd_dist.config.training import DistillConfig, InferConfig, StudentConfig, TeacherConfig
 
@@ -52,6 +52,7 @@ class Config(Section):
                 _check_layer(f"losses.{index}.student_layer: ", loss.student_layer, self.student.model)
         self._check_features()
         self._check_elastic()
+        self._check_exchange()
         if self.distill.launcher == "inline" and self.distill.num_workers != 1:
             raise ValueError(
                 f"distill.launcher inline is one process (got distill.num_workers {self.distill.num_workers}); "
@@ -163,6 +164,17 @@ class Config(Section):
             urls["checkpoint (teacher.checkpoint)"] = urls.pop(f"checkpoint of {self.teacher.name}")
         return next((what for what, url in urls.items() if url and url.lower().startswith("memory:")), None)
 
+    def _check_exchange(self) -> None:
+        model = self.student.model
+        by_unit = (
+            model.kind in BUILT_IN_MODELS and model.dropout_mask == "unit" and (model.dropout or model.input_dropout)
+        )
+        if self.distill.halo == "exchange" and by_unit:
+            raise ValueError(
+                "student.model.dropout_mask: with distill.halo exchange, masks of a unit would depend on the number of "
+                "workers; set dropout_mask=node"
+            )
+
     def _check_features(self) -> None:
         teachers = [(f"teachers.{index}", teacher.features) for index, teacher in enumerate(self.teachers)]
         teachers = teachers or [("teacher", self.teacher.features)]
@@ -186,8 +198,10 @@ class Config(Section):
 
     def required_halo_hops(self) -> int:
         """Hops for which training is exact: depth for output terms, layer + 1 for LSP terms, layer for fitnet terms."""
+        if self.distill.halo == "exchange":
+            return self._exchanged_hops()
         depth = self.student.model.layers if self.student.model.kind != "mlp" else 0
-        hops = depth
+        hops = depth  # labels, soft labels and validation read the output of every student
         for loss in self.losses:
             if isinstance(loss, LspLoss):
                 layer = resolve_layer(loss.student_layer, self.student.model.layers)
@@ -196,6 +210,12 @@ class Config(Section):
             if teacher.checkpoint is None and teacher.model.kind != "mlp":
                 hops = max(hops, teacher.model.layers)
         return max(1, hops)
+
+    def _exchanged_hops(self) -> int:
+        """One for the student; more where a teacher is trained on units that are not the whole graph."""
+        trained = [t for t in self.all_teachers() if t.checkpoint is None and t.model.kind != "mlp"]
+        parts = [t for t in trained if t.train.parts_per_unit != "all" or t.model.kind not in BUILT_IN_MODELS]
+        return max([1, *(teacher.model.layers for teacher in parts)])
 
     def halo_hops(self) -> int:
         """Hops that the graph store is built with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gkd_dist.config.base import (
     Integer,
@@ -150,7 +150,10 @@ class DistillConfig(TrainConfig):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     units_per_step: AllOr = 2
-    halo: Literal["hops"] = Field("hops", description="how halo activations come about: recomputed from stored hops")
+    halo: Literal["hops", "exchange"] = Field(
+        "hops",
+        description="where halo activations come from: computed from stored hops, or exchanged between ranks",
+    )
     max_failures: NonNegative = Field(3, description="restarts of the worker group")
     collective_timeout_s: PositiveFloat = Field(300.0, description="bound of every wait between ranks")
     peer_timeout_s: PositiveFloat = Field(25.0, description="silence after which a rank counts as dead")
@@ -173,6 +176,30 @@ class DistillConfig(TrainConfig):
         if not isinstance(value, int) and value[0] > value[1]:
             raise ValueError(f"[min, max] needs min <= max (got {list(value)}); swap them")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_graph_per_step(cls, data: Any) -> Any:
+        """With the parts on their ranks a step is the whole graph, which nobody has to say."""
+        if isinstance(data, dict) and data.get("halo") == "exchange":
+            return {"units_per_step": "all", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _check_exchange(self) -> DistillConfig:
+        if self.halo != "exchange":
+            return self
+        if self.units_per_step != "all":
+            raise ValueError(
+                f"with halo exchange every step is the whole graph (got units_per_step {self.units_per_step}); "
+                "set units_per_step=all, or halo=hops for steps of some units"
+            )
+        if self.parts_per_unit != 1:
+            raise ValueError(
+                f"with halo exchange each rank merges the parts it has (got parts_per_unit {self.parts_per_unit}); "
+                "leave parts_per_unit at 1, and set num_workers for more or fewer parts per rank"
+            )
+        return self
 
     @field_validator("deepspeed")
     @classmethod

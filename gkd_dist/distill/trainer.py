@@ -23,6 +23,15 @@ from gkd_dist.distill.checkpoint import TrainState, load_checkpoint
 from gkd_dist.distill.heads import HeadSpec, plan_heads, with_heads
 from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
+from gkd_dist.distill.resident import (
+    HOPS,
+    ResidentShare,
+    Stream,
+    WholeGraphPlan,
+    exchanges,
+    require_layers,
+    shares_of,
+)
 from gkd_dist.distill.saving import CheckpointSaver, Claim
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
@@ -199,13 +208,19 @@ class Trainer:
         self.wishes = wishes or Wishes()
         self.config, meta = task.train, task.graph.manifest.meta
         self.objective = build_objective(task)
-        costs = part_costs(task.graph.manifest)
-        units = plan_units(task.graph.num_parts, self.config.parts_per_unit, costs)
         wants = teacher_wants(task.losses, task.teacher_layers)
+        self.share: ResidentShare | None = None
+        self.plan: StreamPlan | WholeGraphPlan
         graph, knowledge = through_cache(task.graph, task.knowledge, self.config.cache)
-        self.loader = UnitLoader(graph, knowledge, units, wants, features=task.features)
-        per_step, shuffle = self.config.units_per_step, self.config.shuffle
-        self.plan = StreamPlan(task.seed, len(units), per_step, shuffle, self.loader.costs)
+        if exchanges(self.config):
+            units = shares_of(task.graph, world.world_size)
+            self.loader = UnitLoader(graph, knowledge, units, wants, HOPS, task.features)
+            self.share, self.plan = ResidentShare(self.loader, world), WholeGraphPlan(len(units))
+        else:
+            units = plan_units(task.graph.num_parts, self.config.parts_per_unit, part_costs(task.graph.manifest))
+            self.loader = UnitLoader(graph, knowledge, units, wants, features=task.features)
+            per_step, shuffle = self.config.units_per_step, self.config.shuffle
+            self.plan = StreamPlan(task.seed, len(units), per_step, shuffle, self.loader.costs)
         self.micro_steps = micro_steps(self.plan.full_step, world.world_size)
         self.my_units = list(range(len(units)))[world.rank :: world.world_size]
         self.task_kind: Task = meta["task"]
@@ -228,6 +243,8 @@ class Trainer:
     def _start_engine(self, make_engine: EngineFactory) -> TrainEngine:
         with seeded(torch.device("cpu"), self.task.seed, _INIT):
             model = build_model(self.spec.config, self.spec.in_channels, self.spec.out_channels)
+        if self.share is not None:
+            require_layers(model)
         if self.state.model:
             model.load_state_dict(self.state.model)
         refuse_untrainable(model)
@@ -247,28 +264,14 @@ class Trainer:
         Raises `TerminatedError` where a rank was asked to stop, with a checkpoint of the last step kept.
         """
         started = time.perf_counter()
-        config = self.config
         with contextlib.ExitStack() as stack:
             if self.saver is not None:
                 stack.enter_context(self.saver)
-            stream = stack.enter_context(
-                Prefetcher(
-                    self.loader.load,
-                    self._order(Position(*self.state.position), bool(self.objective.needs_student_median)),
-                    config.prefetch_bytes,
-                    config.resident_bytes,
-                    self.loader.size_of,
-                    device=self.world.device,
-                    extra_of=self.loader.extra_of,
-                    timeout_s=min(config.data_timeout_s, 0.8 * getattr(config, "collective_timeout_s", float("inf"))),
-                    who=f"rank {self.world.rank} of {self.world.world_size}",
-                    name_of=self.loader.name_of,
-                )
-            )
+            stream = stack.enter_context(self._stream())
             stack.enter_context(self.world.facing_peers())
             try:
                 self._measure_medians(stream)
-                while not self.state.stopped and self.state.position[0] < config.epochs:
+                while not self.state.stopped and self.state.position[0] < self.config.epochs:
                     self._step(stream)
                 wait_s = float(self.world.sum(torch.tensor([stream.wait_s]))[0]) / self.world.world_size
             finally:
@@ -278,6 +281,25 @@ class Trainer:
         return self._summary(time.perf_counter() - started, wait_s)
 
     # --- the stream --------------------------------------------------------------------------
+
+    def _stream(self) -> Stream:
+        """What delivers the batches of this rank from where the run stands."""
+        order = self._order(Position(*self.state.position), bool(self.objective.needs_student_median))
+        if self.share is not None:
+            return self.share.stream(order)
+        config, loader = self.config, self.loader
+        return Prefetcher(
+            loader.load,
+            order,
+            config.prefetch_bytes,
+            config.resident_bytes,
+            loader.size_of,
+            device=self.world.device,
+            extra_of=loader.extra_of,
+            timeout_s=min(config.data_timeout_s, 0.8 * getattr(config, "collective_timeout_s", float("inf"))),
+            who=f"rank {self.world.rank} of {self.world.world_size}",
+            name_of=loader.name_of,
+        )
 
     def _order(self, start: Position, measure_first: bool) -> Iterator[tuple[Position, int | None]]:
         """Units of this rank: training micro-steps, and a validation pass where one is due."""
@@ -294,7 +316,7 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------
 
-    def _step(self, stream: Prefetcher[int | None]) -> None:
+    def _step(self, stream: Stream) -> None:
         started, waited = time.perf_counter(), stream.wait_s
         epoch, step = self.state.position
         self._at("reading")
@@ -349,14 +371,14 @@ class Trainer:
 
     # --- evaluation --------------------------------------------------------------------------
 
-    def _pass(self, stream: Prefetcher[int | None]) -> tuple[Iterator[Batch], int, Batch]:
+    def _pass(self, stream: Stream) -> tuple[Iterator[Batch], int, Batch]:
         """Batches of an evaluation pass, how many forwards every rank takes, and the empty batch."""
         self._at("evaluating")
         self.engine.train(False)
         rounds = -(-len(self.loader.units) // self.world.world_size)
         return (next(stream)[1] for _ in self.my_units), rounds, self.loader.empty().to(self.world.device)
 
-    def _evaluate(self, stream: Prefetcher[int | None], epoch: int) -> None:
+    def _evaluate(self, stream: Stream, epoch: int) -> None:
         metrics = validate(self.engine, *self._pass(stream), self.world, self.task_kind)
         state, value = self.state, metrics["val"]
         if value is None or value > state.best_metric:
@@ -368,7 +390,7 @@ class Trainer:
         if self.watcher is not None:
             self.watcher.evaluation(state.global_step, epoch, metrics, state)
 
-    def _measure_medians(self, stream: Prefetcher[int | None]) -> None:
+    def _measure_medians(self, stream: Stream) -> None:
         """The student's own medians, before its first step, where a term asks for them."""
         if self.objective.needs_student_median:
             measure_medians(self.engine, self.objective, *self._pass(stream), self.world)

@@ -28,6 +28,7 @@ from gkd_dist.graph import Batch
 from gkd_dist.storage import Storage
 from gkd_dist.world import World
 from tests.distributed.cases import Case
+from tests.distributed.exchanged import measure
 from tests.distributed.groups import free_port
 
 
@@ -102,6 +103,9 @@ def _sabotaged(how: str, world: World) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+ACTIONS = {"train": train, "measure": measure}
+
+
 def rank_main(rank: int, world_size: int, port: int, requests: Connection) -> None:
     """One rank: does what it is told until the pipe closes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
@@ -115,7 +119,7 @@ def rank_main(rank: int, world_size: int, port: int, requests: Connection) -> No
         except EOFError:
             break
         try:
-            train(world, **request)
+            ACTIONS[request.pop("what", "train")](world, **request)
             requests.send("")
         except BaseException:
             requests.send(traceback.format_exc())
