@@ -108,30 +108,32 @@ def is_meaningless(case: Case, name: str) -> bool:
     return name in ("convs.0.bias", "norms.0.running_mean")
 
 
-def uneven_world(root: str | Path) -> Storage:
+def uneven_world(root: str | Path, halo_hops: int = 2, average_degree: int = 5) -> Storage:
     """Graph store and knowledge of five unequal parts, one without labels and one without edges."""
     storage = Storage.open(str(root))
-    assign = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
-    assign = assign[torch.randperm(assign.numel(), generator=torch.Generator().manual_seed(0))]
+    graph, assign = uneven_graph(average_degree)
     with patch("gkd_dist.partition.build.assign_parts", lambda *options: assign):  # none of the methods cuts like this
         config = PartitionConfig(num_parts=len(SIZES))
-        build_graph_store(_graph(assign), storage.child("graph"), config, halo_hops=2, seed=0, fingerprint="g")
+        build_graph_store(graph, storage.child("graph"), config, halo_hops=halo_hops, seed=0, fingerprint="g")
     torch.manual_seed(0)
     spec = ModelSpec(ModelConfig(kind="sage", hidden=8), 5, 3, "multiclass")
     save_model(storage.child("teacher"), build_model(spec.config, 5, 3), spec, "t")
-    graph, wants = GraphStore.open(storage.child("graph")), Wants(True, {1: {"sqeuclidean"}})
+    parts, wants = GraphStore.open(storage.child("graph")), Wants(True, {1: {"sqeuclidean", "cosine"}})
     settings = InferConfig(num_actors=0, dtype="fp32")
-    infer_nodes(storage.child("teacher"), graph, storage.child("knowledge"), wants, settings, fingerprint="k" * 16)
+    infer_nodes(storage.child("teacher"), parts, storage.child("knowledge"), wants, settings, fingerprint="k" * 16)
     return storage
 
 
-def _graph(assign: torch.Tensor) -> Graph:
+def uneven_graph(average_degree: int = 5) -> tuple[Graph, torch.Tensor]:
+    """The graph, and the part of each node."""
+    assign = torch.repeat_interleave(torch.arange(len(SIZES)), torch.tensor(SIZES))
+    assign = assign[torch.randperm(assign.numel(), generator=torch.Generator().manual_seed(0))]
     source = SyntheticSource(
-        kind="synthetic", num_nodes=assign.numel(), num_classes=3, average_degree=5, num_features=5
+        kind="synthetic", num_nodes=assign.numel(), num_classes=3, average_degree=average_degree, num_features=5
     )
     split = {"kind": "per_class", "train": 15, "val": 10}
     graph = load_graph(GraphConfig.model_validate({"source": source, "split": split}), seed=0)
     bare, alone = assign == NO_LABELS, assign == NO_EDGES
     inside = ~(alone[graph.edge_index[0]] | alone[graph.edge_index[1]])
     masks = {name: getattr(graph, name) & ~bare for name in ("train_mask", "val_mask", "test_mask")}
-    return replace(graph, edge_index=graph.edge_index[:, inside], y=graph.y.masked_fill(bare, -1), **masks)
+    return replace(graph, edge_index=graph.edge_index[:, inside], y=graph.y.masked_fill(bare, -1), **masks), assign

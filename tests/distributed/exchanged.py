@@ -63,10 +63,10 @@ class AveragingEngine(TorchEngine):
             self.grads[name] = self.world.sum(parameter.grad) / self.world.world_size
 
 
-def one_step(task: TrainTask, batch: Batch, world: World) -> tuple[StepReport, dict[str, Tensor]]:
+def one_step(task: TrainTask, batches: list[Batch], world: World) -> tuple[StepReport, dict[str, Tensor]]:
     """Values of the terms and gradients of the parameters."""
     engine = AveragingEngine(task, world)
-    report = train_step(engine, build_objective(task), [batch], world, seed=0, epoch=0, step=STEP)
+    report = train_step(engine, build_objective(task), batches, world, seed=0, epoch=0, step=STEP)
     return report, engine.grads
 
 
@@ -76,7 +76,7 @@ def whole_graph(task: TrainTask) -> tuple[StepReport, dict[str, Tensor]]:
     loader = UnitLoader(task.graph, task.knowledge, [tuple(range(task.graph.num_parts))], wants)
     batch = loader.load(0)
     assert batch.num_owned == batch.graph.num_nodes, "no halo is left"
-    return one_step(task, batch, World())
+    return one_step(task, [batch], World())
 
 
 def measure(world: World, store: str, step: dict[str, Any], out: str) -> None:
@@ -87,7 +87,7 @@ def measure(world: World, store: str, step: dict[str, Any], out: str) -> None:
     loader = UnitLoader(task.graph, task.knowledge, shares_of(task.graph, world.world_size), wants, HOPS)
     batch = load_share(loader, world)
     _sabotage(it.sabotage, batch)
-    report, grads = one_step(task, batch, world)
+    report, grads = one_step(task, [batch], world)
     if world.is_main:
         torch.save({"means": report.means, "grads": grads}, out)
 
