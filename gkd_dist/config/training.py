@@ -158,6 +158,9 @@ class DistillConfig(TrainConfig):
     collective_timeout_s: PositiveFloat = Field(300.0, description="bound of every wait between ranks")
     peer_timeout_s: PositiveFloat = Field(25.0, description="silence after which a rank counts as dead")
     stop_timeout_s: PositiveFloat = Field(25.0, description="patience with the last checkpoint after SIGTERM, with ray")
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="edge scores of LSP as a compiled loop; auto: where that pays; changes the last bits"
+    )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="keys handed to DeepSpeed after a check")
 
     @property

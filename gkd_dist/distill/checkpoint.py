@@ -30,7 +30,7 @@ from gkd_dist.shards.seal import SEAL, is_sealed, sealed
 from gkd_dist.storage import Storage
 
 log = logging.getLogger(__name__)
-FORMAT_VERSION = 3  # 1 had no seal, 2 did not name its data
+FORMAT_VERSION = 4  # 1 had no seal, 2 did not name its data, 3 did not say whether scores were compiled
 LATEST = f"{layout.CHECKPOINTS}/latest.json"
 _UNNAMED = "state.safetensors"  # data of versions 1 and 2
 
@@ -50,10 +50,11 @@ class TrainState:
     best: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)  # projections of loss terms, no part of the model
+    compiled: bool | None = None  # edge scores by the compiler or in chunks; None: not decided, or a format before 4
 
 
 _GROUPS = ("model", "heads", "best", "optimizer")
-_PLAIN = ("position", "global_step", "best_metric", "best_epoch", "bad_evals", "sigmas", "stopped")
+_PLAIN = ("position", "global_step", "best_metric", "best_epoch", "bad_evals", "sigmas", "stopped", "compiled")
 
 
 def _anyone() -> None:
@@ -136,7 +137,7 @@ def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:
     data = storage.read(f"{folder}/{commit['data'] if version > 2 else _UNNAMED}")
     if len(data) != commit["num_bytes"] or hashlib.sha256(data).hexdigest() != commit["sha256"]:
         raise DataError("size or digest differ from COMMIT.json")
-    state = TrainState(**{name: commit[name] for name in _PLAIN})
+    state = TrainState(**{name: commit[name] for name in _PLAIN if version > 3 or name != "compiled"})
     state.position = (int(commit["position"][0]), int(commit["position"][1]))
     for key, value in decode(data).items():
         group, _, name = key.partition("/")

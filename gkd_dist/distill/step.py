@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gkd_dist.distill.gradients import gradient_squares
 from gkd_dist.distill.wishes import NUM_WISHES, Agreed
 from gkd_dist.errors import NonFiniteLossError
 from gkd_dist.graph import Batch
@@ -39,12 +40,16 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """Global sums [k] and counts [k] of a step, float64 on the CPU."""
+    """Global sums [k] and counts [k] of a step, float64 on the CPU.
+
+    ``grad_squares`` [k], where they were asked for: of the sums' gradients with respect to the outputs.
+    """
 
     sums: Tensor
     counts: Tensor
     weights: Tensor
     agreed: Agreed
+    grad_squares: Tensor | None = None
 
     @property
     def means(self) -> Tensor:
@@ -55,6 +60,14 @@ class StepReport:
     def total(self) -> float:
         """Value of the objective."""
         return float((self.weights * self.means).sum())
+
+    def grad_norms(self, names: Sequence[str]) -> dict[str, float]:
+        """Gradient norm of each term of the objective that is on, by name; empty where not asked for."""
+        if self.grad_squares is None:
+            return {}
+        norms = self.weights / self.counts.clamp_min(1) * self.grad_squares.sqrt()
+        on = zip(names, norms.tolist(), (self.weights * self.counts).tolist(), strict=True)
+        return {name: norm for name, norm, weight in on if weight > 0}
 
 
 @contextlib.contextmanager
@@ -76,6 +89,7 @@ def train_step(
     epoch: int,
     step: int,
     wishes: Tensor | None = None,
+    measure_gradients: bool = False,
 ) -> StepReport:
     """One optimizer step over this rank's ``batches``, which every rank has equally many of.
 
@@ -87,22 +101,24 @@ def train_step(
     counts, wanted = world.sum(torch.cat([counts.double().cpu(), own])).tensor_split([len(counts)])
     weights = objective.weights(epoch).double()
     scale = (weights / counts.clamp_min(1)).float()
-    totals = torch.zeros_like(counts)
+    totals = torch.zeros(2, len(counts), dtype=torch.float64)  # sums, and squares of gradients
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         world.place.unit = batch.unit
         with seeded(world.device, seed, step, batch.unit):
             logits, layers = engine.forward(batch.with_noise(hash_of(seed, step)), objective.outputs)
         sums = objective.sums(batch, logits, layers, epoch)
-        totals += sums.detach().double().cpu()
+        totals[0] += sums.detach().double().cpu()
+        if measure_gradients:
+            totals[1] += gradient_squares(objective, batch, logits, layers, epoch)
         if last:
             totals = world.sum(totals)
-            _check_finite(totals, objective.names, epoch, step)
+            _check_finite(totals[0], objective.names, epoch, step)
         # The engine averages gradients over ranks; the loss is already divided by the global
         # count, so that average is undone here.
         engine.backward((scale.to(sums.device) * sums).sum() * world.world_size, last=last)
     engine.step()
-    return StepReport(totals, counts, weights, Agreed.of(wanted))
+    return StepReport(totals[0], counts, weights, Agreed.of(wanted), totals[1] if measure_gradients else None)
 
 
 def _check_finite(totals: Tensor, names: Sequence[str], epoch: int, step: int) -> None:

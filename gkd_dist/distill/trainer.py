@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from gkd_dist import layout
-from gkd_dist.config import FitnetLoss, KdLoss, Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
+from gkd_dist.config import DistillConfig, FitnetLoss, KdLoss, Loss, LspLoss, ModelConfig, TrainConfig, resolve_layer
 from gkd_dist.distill.checkpoint import TrainState, load_checkpoint
+from gkd_dist.distill.compiling import choose_compiled, edge_values
+from gkd_dist.distill.gradients import measures_gradients
 from gkd_dist.distill.heads import HeadSpec, plan_heads, with_heads
 from gkd_dist.distill.module import StudentModule, merge_running_statistics
 from gkd_dist.distill.optimizer import lr_factor
@@ -230,7 +232,16 @@ class Trainer:
         self.saver = self._claim(owns_run) if world.is_main else None
         self.state = agree_on_checkpoint(task, world)
         self.resumed_from = self.state.global_step
+        self.objective.compiled = self.state.compiled = self._choose_compiled()
         self.engine = self._start_engine(make_engine)
+
+    def _choose_compiled(self) -> bool:
+        """Whether edge scores are compiled; all ranks must call."""
+        if not self.objective.student_layers or not isinstance(self.config, DistillConfig):
+            return False
+        num_edges = sum(entry.counts["num_owned_edges"] for entry in self.task.graph.manifest.parts)
+        values = edge_values(num_edges, self.task.model.hidden, self.config.epochs)
+        return choose_compiled(self.config.compile, self.state.compiled, values, self.world)
 
     def _claim(self, owns_run: Callable[[], None] | None) -> CheckpointSaver:
         """From now on this process writes the checkpoints, and one that did so before does not."""
@@ -334,6 +345,7 @@ class Trainer:
             epoch=epoch,
             step=self.state.global_step,
             wishes=self.wishes.flags(failed=self.saver is not None and self.saver.failed),
+            measure_gradients=measures_gradients(epoch, step),
         )
         merge_running_statistics(self.engine.module, self.world)
         stream.settle()
@@ -355,7 +367,12 @@ class Trainer:
         return self.config.epochs * self.plan.steps_per_epoch
 
     def _tell_step(self, report: StepReport, batches: list[Batch], elapsed: float, waited: float, lr: float) -> None:
-        if self.watcher is None or self.state.global_step % self.config.log_every:
+        if self.watcher is None:
+            return
+        norms = report.grad_norms(self.objective.names)
+        for message in self.objective.check_inert(norms):
+            log.warning("%s: %s", self.task.name, message)
+        if self.state.global_step % self.config.log_every and not norms:
             return
         nodes = sum(batch.num_owned for batch in batches)
         extra = {
@@ -364,6 +381,7 @@ class Trainer:
             "throughput/nodes_per_s": nodes * self.world.world_size / max(elapsed, 1e-9),
             "stream/wait_s": waited,
             "stream/wait_fraction": waited / max(elapsed, 1e-9),
+            **{f"grad_norm/{name}": norm for name, norm in norms.items()},
         }
         if self.engine.grad_norm is not None:
             extra["grad_norm"] = self.engine.grad_norm

@@ -57,6 +57,7 @@ def lsp_loss(
     c: float = 0.0,
     degree: int = 2,
     temperature: float = 1.0,
+    compiled: bool = False,
 ) -> Tensor:
     """Mean divergence of the student's local structures from the teacher's, a scalar.
 
@@ -76,6 +77,7 @@ def lsp_loss(
         c: of the polynomial kernel.
         degree: of the polynomial kernel.
         temperature: divides the argument of the softmax.
+        compiled: scores by `torch.compile`: seconds the first time, faster from then on, other last bits.
 
     Raises `ConfigError` for wrong options and `GraphError` for tensors that do not fit together.
     """
@@ -84,11 +86,11 @@ def lsp_loss(
     edges = edge_index
     if not isinstance(edges, Neighbours):
         edges = Neighbours.of_edges(edges, student_z.size(0), self_loops=self_loops)
-    student = pattern_scores(student_z, edges.pattern, form.metric, rows=edges.rows)
+    student = pattern_scores(student_z, edges.pattern, form.metric, rows=edges.rows, compiled=compiled)
     with torch.no_grad():
         if teacher_scores is None:
             assert teacher_z is not None
-            teacher = pattern_scores(teacher_z, edges.pattern, form.metric, rows=edges.rows)
+            teacher = pattern_scores(teacher_z, edges.pattern, form.metric, rows=edges.rows, compiled=compiled)
         else:
             given = edge_index.size(1) if isinstance(edge_index, Tensor) else None
             teacher = _picked(teacher_scores, edges, given)

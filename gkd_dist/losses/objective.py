@@ -116,6 +116,16 @@ class Objective:
         unread = [layers[layer] for layer in layers if layer not in read]
         return unread if any(not term.reads for term in terms) else [logits, *unread]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether edge scores are a compiled loop; other last bits than without, so to be set once."""
+        return any(term.compiled for term in self._lsp)
+
+    @compiled.setter
+    def compiled(self, compiled: bool) -> None:
+        for term in self._lsp:
+            term.compiled = compiled
+
     # --- widths from the student's own scores -------------------------------------------------
 
     @property

@@ -130,7 +130,8 @@ class LspTerm:
     """Local structure preserving loss between one teacher layer and one student layer.
 
     ``teacher_layer`` and ``student_layer`` are positive numbers. ``student_sigma`` is None while it
-    waits for the median of the student's scores. ``teacher`` names one of several.
+    waits for the median of the student's scores. ``teacher`` names one of several. ``compiled``: see
+    `gkd_dist.losses.fused`.
     """
 
     name: str
@@ -143,6 +144,7 @@ class LspTerm:
     teacher_sigma: float
     student_sigma: float | None
     teacher: str | None = None
+    compiled: bool = False
 
     @classmethod
     def of(
@@ -219,7 +221,8 @@ class LspTerm:
 
     def _student_scores(self, layers: Mapping[Output, Tensor], neighbours: Neighbours) -> Tensor:
         z = layers[self.student_layer]
-        return pattern_scores(z, neighbours.pattern, self.kernel.metric, rows=neighbours.rows)
+        pattern, metric = neighbours.pattern, self.kernel.metric
+        return pattern_scores(z, pattern, metric, rows=neighbours.rows, compiled=self.compiled)
 
     def _teacher_scores(self, batch: Batch) -> Tensor:
         scores = batch.teacher_scores.get(score_key(self.teacher_layer, self.kernel.metric, self.teacher))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -81,7 +81,7 @@ def _collect(value: Any, seen: dict[int, int], visited: set[int]) -> None:
         return
     visited.add(id(value))
     if is_dataclass(value) and not isinstance(value, type):
-        children: Any = (getattr(value, field.name) for field in fields(value))
+        children: Any = vars(value).values()  # with what cached properties have made
     elif isinstance(value, Mapping):
         children = value.values()
     elif isinstance(value, tuple | list):
