@@ -59,12 +59,15 @@ class Structure:
     entropy: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     share: Tensor = field(default_factory=lambda: torch.zeros(NUM_SHARE_BINS, dtype=torch.int64))
 
-    def add(self, scores: Tensor, neighbours: Neighbours, num_owned: int) -> None:
-        """``scores`` [m] are raw scores of the edges of ``neighbours``, whose first ``num_owned`` nodes are owned."""
+    def add(self, scores: Tensor, neighbours: Neighbours, num_owned: int, cut: Tensor | None = None) -> None:
+        """``scores`` [m] are raw scores of the edges of ``neighbours``, whose first ``num_owned`` nodes are owned.
+
+        ``cut`` bool [m] says which edges are lost, None: those from nodes that are not owned.
+        """
         arguments = self.reader.kernel.logits(scores, 1.0 if self.sigma is None else self.sigma)
         indptr = neighbours.pattern.indptr[: num_owned + 1]
         log_p = segment_log_softmax(arguments.double(), indptr, neighbours.rows)
-        p, cut = log_p.exp(), neighbours.pattern.indices >= num_owned
+        p, cut = log_p.exp(), neighbours.pattern.indices >= num_owned if cut is None else cut
         degree = indptr[1:] - indptr[:-1]
         entropy = segment_sum(-p * log_p, indptr)[degree > 0].clamp_min(0)
         degree = degree[degree > 0]
@@ -155,10 +158,7 @@ def measure(
     knowledge.manifest.require_input("graph", graph.manifest.fingerprint, knowledge.storage.url)
     if not readers:
         return []
-    structures = [
-        Structure(reader, sigma)
-        for reader, sigma in zip(readers, _widths(graph, knowledge, readers, parts), strict=True)
-    ]
+    structures = structures_of(graph, knowledge, readers, parts)
     for part in parts:
         neighbours, scores = _read(graph, knowledge, readers, part)
         num_owned = graph.manifest.parts[part].counts["num_owned"]
@@ -166,6 +166,14 @@ def measure(
             structure.add(scores[structure.reader.score][neighbours.picked], neighbours, num_owned)
         advance()
     return structures
+
+
+def structures_of(
+    graph: GraphStore, knowledge: KnowledgeStore, readers: Sequence[ScoreReader], parts: Sequence[int]
+) -> list[Structure]:
+    """Structures of ``readers`` with their widths, to which nothing is added yet."""
+    widths = _widths(graph, knowledge, readers, parts)
+    return [Structure(reader, sigma) for reader, sigma in zip(readers, widths, strict=True)]
 
 
 def _widths(

@@ -80,6 +80,8 @@ def check_student(config: Config, meta: Mapping[str, Any]) -> ModelCheck:
     with torch.random.fork_rng(devices=[]):
         model = build_model(resolve_model(student.model, meta), width, classes)
     trainable.refuse_untrainable(model)
+    if config.distill.halo == "exchange":
+        trainable.require_layers(model)
     found = check_model(model.eval(), width, weighted, attributes)
     trainable.refuse_layers_that_are_not_there(model, config.losses)
     empty = empty_batch(width, classes, meta["task"], weighted=weighted, num_edge_features=attributes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -450,7 +451,8 @@ def distill(session: Session) -> None:
     found = check_student(session.config, graph.manifest.meta)
     if not found.layered:
         log.warning("student: %s", found.sentence(int(graph.manifest.meta["halo_hops"])))
-    warn_of_little_halo(session.config, graph)
+    if os.environ.get("RANK", "0") == "0":  # one voice of a group that a launcher started
+        _say_what_is_approximate(session, graph)
     job = TrainJob(session.run, tasks, config, session.owner)
     if config.launcher in ("torchrun", "deepspeed"):
         _distill_in_group(job)
@@ -466,6 +468,15 @@ def distill(session: Session) -> None:
         session.make_room_for_workers()
         session.start_ray()
         train_on_ray(job, follow)
+
+
+def _say_what_is_approximate(session: Session, graph: GraphStore) -> None:
+    """Once, where fewer hops are stored than training needs."""
+    from gkd_dist.little_halo import what_is_approximate
+
+    known = [(view.config, *_open_one(view)) for view in _read_views(session)]
+    if line := what_is_approximate(session.config, graph, known):
+        log.warning("%s", line)
 
 
 def _say_cache(task: Any) -> None:
@@ -515,15 +526,4 @@ def check_losses(config: Config, graph: GraphStore) -> None:
         raise DataError(
             "an LSP loss needs edges, but no node of the graph has an in-neighbour other than itself; "
             "remove the lsp term or choose a graph with edges"
-        )
-
-
-def warn_of_little_halo(config: Config, graph: GraphStore) -> None:
-    """Says once where training is not exact because the user asked for fewer hops than that needs."""
-    stored, needed = int(graph.manifest.meta["halo_hops"]), config.required_halo_hops()
-    if stored < needed:
-        log.warning(
-            "partition.halo_hops is %d, exact training needs %d: outputs of nodes near a cut are approximate",
-            stored,
-            needed,
         )

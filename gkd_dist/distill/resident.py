@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkd_dist.config import DistillConfig, TrainConfig
 from gkd_dist.distill.exchange import HaloExchange, HaloPlan, rows_to_send, share_parts
-from gkd_dist.errors import ModelError
 from gkd_dist.graph import Batch, LocalGraph
-from gkd_dist.models.layered import why_not_layered
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.sparse import CsrPattern
 from gkd_dist.stream.order import Position
@@ -46,16 +44,6 @@ class WholeGraphPlan:
 def exchanges(config: TrainConfig) -> bool:
     """Whether training keeps the parts on their ranks."""
     return isinstance(config, DistillConfig) and config.halo == "exchange"
-
-
-def require_layers(model: nn.Module) -> None:
-    """Raises `ModelError` for a model that cannot stop between two layers, where the exchange happens."""
-    reason = why_not_layered(model)
-    if reason:
-        raise ModelError(
-            f"distill.halo is exchange, which works between layers, but {reason}; give the model these members "
-            "(docs/models.md), or set distill.halo=hops"
-        )
 
 
 def shares_of(graph: GraphStore, world_size: int) -> list[tuple[int, ...]]:

@@ -31,7 +31,6 @@ from gkd_dist.distill.resident import (
     Stream,
     WholeGraphPlan,
     exchanges,
-    require_layers,
     shares_of,
 )
 from gkd_dist.distill.saving import CheckpointSaver, Claim
@@ -46,7 +45,7 @@ from gkd_dist.losses.terms import ScoreKey, score_key
 from gkd_dist.models.build import build_model, resolve_model
 from gkd_dist.models.io import ModelSpec, read_model_document, save_model
 from gkd_dist.models.probe import layer_widths
-from gkd_dist.models.trainable import check_empty, refuse_untrainable
+from gkd_dist.models.trainable import check_empty, refuse_untrainable, require_layers
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage

@@ -18,7 +18,7 @@ from gkd_dist.errors import GkdError, ModelError, StudentError
 from gkd_dist.graph import Batch
 from gkd_dist.models.basic_gnn import is_basic_gnn
 from gkd_dist.models.build import no_layers, run_model
-from gkd_dist.models.layered import is_layered
+from gkd_dist.models.layered import is_layered, why_not_layered
 
 _INSTEAD = "use batch_norm, which takes statistics over owned nodes, or layer_norm with norm_kwargs: {mode: node}"
 
@@ -38,6 +38,16 @@ def _untrainable(model: nn.Module) -> Iterator[str]:
             yield f"{name} normalises over all nodes of a graph in training, of which a part has only some; {_INSTEAD}"
         if isinstance(module, pyg.HeteroBatchNorm):
             yield f"{name} takes statistics over all rows it gets, the halo included; {_INSTEAD}"
+
+
+def require_layers(model: nn.Module) -> None:
+    """Raises `ModelError` for a model that cannot stop between two layers, where halo rows are exchanged."""
+    reason = why_not_layered(model)
+    if reason:
+        raise ModelError(
+            f"distill.halo is exchange, which works between layers, but {reason}; make it go layer by layer "
+            "(docs/models.md), or set distill.halo=hops"
+        )
 
 
 def refuse_layers_that_are_not_there(model: nn.Module, losses: Sequence[Loss]) -> None:

@@ -10,9 +10,10 @@ from stream_stores import graph_store, random_graph
 
 from gkd_dist.config import DistillConfig
 from gkd_dist.distill.exchange import HaloExchange, HaloPlan, rows_to_send, share_parts
-from gkd_dist.distill.resident import HOPS, exchanges, plan_share, require_layers
+from gkd_dist.distill.resident import HOPS, exchanges, plan_share
 from gkd_dist.errors import GraphError, ModelError
 from gkd_dist.models.build import build_model
+from gkd_dist.models.trainable import require_layers
 from gkd_dist.stream.units import UnitLoader
 from gkd_dist.world import World
 from tests.user_models import Plain
