@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from gkd_dist import config_tree as tree
 from gkd_dist.config import Config
+from gkd_dist.config.base import ErrorAt
 from gkd_dist.config_fields import child_of, kinds_of, places_of, type_at
 
 
@@ -46,6 +47,8 @@ def _path(problem: Mapping[str, Any], data: Any) -> tree.Path:
             data = child_of(data, step)
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
         path.append("kind")
+    if problem["type"] == "value_error" and isinstance(problem["ctx"]["error"], ErrorAt):
+        path += problem["ctx"]["error"].below
     return tuple(path)
 
 

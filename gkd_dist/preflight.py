@@ -37,11 +37,12 @@ def check_launcher(config: Config) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """`ConfigError` for a precision that the device lacks, or more GPUs than a local Ray can have."""
-    if config.distill.precision == "fp16":
-        from gkd_dist.distill.engine import check_precision
+    """`ConfigError` for what the device or DeepSpeed cannot do, or more GPUs than a local Ray can have."""
+    if config.distill.precision == "fp16" or config.distill.deepspeed:
+        from gkd_dist.distill.engine import check_options, check_precision
 
         check_precision(config.distill)
+        check_options(config.distill)
     _check_local_gpus(config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -33,6 +33,20 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), NotBool]
 Probability = Annotated[float, Field(ge=0, lt=1), NotBool]
 Fraction = Annotated[float, Field(gt=0, lt=1), NotBool]
 Sigma = PositiveFloat | Literal["median"]
+
+
+class ErrorAt(ValueError):
+    """A `ValueError` of a validator about a place ``below`` the field: the steps that lead there."""
+
+    def __init__(self, below: tuple[str | int, ...], sentence: str) -> None:
+        super().__init__(sentence)
+        self.below = below
+
+
+def near_miss(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence about an unknown ``name``: the nearest of the ``known`` ones, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(known)}"
 
 
 def unknown_name(name: str, known: Iterable[str], where: str) -> str:

@@ -16,6 +16,7 @@ from gkd_dist.config.base import (
     Probability,
     Section,
 )
+from gkd_dist.config.deepspeed import check_deepspeed
 from gkd_dist.config.models import ModelConfig
 
 
@@ -204,22 +205,7 @@ class DistillConfig(TrainConfig):
             )
         return self
 
-    @field_validator("deepspeed")
-    @classmethod
-    def _deepspeed(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ours = {
-            "train_batch_size": "distill.units_per_step",
-            "train_micro_batch_size_per_gpu": "distill.units_per_step",
-            "gradient_accumulation_steps": "distill.units_per_step",
-            "optimizer": "distill.optimizer",
-            "scheduler": "distill.lr_schedule",
-            "gradient_clipping": "distill.grad_clip",
-            "fp16": "distill.precision",
-            "bf16": "distill.precision",
-        }
-        for key in value:
-            if key in ours:
-                raise ValueError(f"{key} is derived from {ours[key]}; set that instead")
-        if isinstance(value.get("zero_optimization"), dict) and "stage" in value["zero_optimization"]:
-            raise ValueError("zero_optimization.stage is derived from distill.zero_stage; set that instead")
-        return value
+    @model_validator(mode="after")
+    def _deepspeed(self) -> DistillConfig:
+        check_deepspeed(self.deepspeed, self.zero_stage, self.gpus_per_worker > 0, self.grad_clip is not None)
+        return self

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from gkd_dist.config import DistillConfig
@@ -80,6 +81,30 @@ def check_precision(config: DistillConfig) -> None:
                 "distill.precision fp16 needs a GPU or a CPU with fp16 arithmetic, which this one has not; "
                 "set distill.precision=bf16 or fp32"
             )
+
+
+def check_options(config: DistillConfig) -> None:
+    """`ConfigError` where DeepSpeed itself refuses ``distill.deepspeed``; to be called before any process starts.
+
+    Only where the workers have no GPU: DeepSpeed would settle on this process's kind of device.
+    """
+    if not config.deepspeed or config.gpus_per_worker:
+        return
+    import_deepspeed(torch.device("cpu"))
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        with _quiet():
+            DeepSpeedConfig(deepspeed_config(config, 1))
+    except (AssertionError, ValueError, TypeError, DeepSpeedConfigError) as error:
+        raise ConfigError(f"distill.deepspeed is refused by DeepSpeed: {_reason(error)}; correct it") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class DeepSpeedEngine:

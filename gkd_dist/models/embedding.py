@@ -42,7 +42,7 @@ def build_embedding(config: ModelConfig) -> NodeEmbedding | None:
 
 
 def sized_for(config: ModelConfig, num_nodes: int) -> ModelConfig:
-    """``config``, which has node_embedding, for a graph of ``num_nodes``; `ConfigError` where it says another number."""
+    """``config``, which has node_embedding, for ``num_nodes``; `ConfigError` where it says another number."""
     if config.num_nodes == num_nodes:
         return config
     if config.num_nodes is not None:

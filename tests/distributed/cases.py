@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from gkd_dist.config import DistillConfig, InferConfig, ModelConfig, PartitionConfig, SyntheticSource
+from gkd_dist.config.deepspeed import ZERO_ALLOWED
 from gkd_dist.config.graph import GraphConfig
 from gkd_dist.data.sources import load_graph
 from gkd_dist.distill.trainer import TrainTask
@@ -43,6 +44,9 @@ class Case:
     def config(self, stage: int, num_workers: int) -> DistillConfig:
         """``STEPS`` steps of this case."""
         options = {"weight_decay": 1e-2, "units_per_step": "all", "epochs": STEPS} | self.train
+        given = self.train.get("deepspeed", {}).get("zero_optimization", {})
+        read = {key: value for key, value in given.items() if stage in ZERO_ALLOWED[key][1]}
+        options |= {"deepspeed": {"zero_optimization": read} if read else {}}
         return DistillConfig.model_validate(
             {"zero_stage": stage, "num_workers": num_workers, "patience": 0, "eval_every": STEPS, **options}
         )
@@ -80,6 +84,38 @@ CASES = {
         ),
     )
 }
+ZERO_OPTIONS: dict[str, Any] = {  # a value that is not the default, for each that may be handed to DeepSpeed
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "reduce_bucket_size": 100,
+    "use_multi_rank_bucket_allreduce": False,
+    "allgather_partitions": False,
+    "allgather_bucket_size": 100,
+    "compute_grad_norm": False,
+    "parameter_alignment": True,
+    "ignore_unused_parameters": False,
+    "sub_group_size": 100,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_model_persistence_threshold": 0,
+    "stage3_max_live_parameters": 50,
+    "stage3_max_reuse_distance": 0,
+    "stage3_module_granularity_threshold": 100,
+    "stage3_use_all_reduce_for_fetch_params": True,
+    "stage3_allgather_sequential": True,
+    "memory_efficient_linear": False,
+    "override_module_apply": False,
+    "log_trace_cache_warnings": True,
+    "enable_sanity_checks": True,
+}
+
+
+def with_option(name: str) -> Case:
+    """A case with one of `ZERO_OPTIONS`."""
+    option = {"zero_optimization": {name: ZERO_OPTIONS[name]}}
+    return Case(f"option-{name}", adamw(deepspeed=option, **THREE), {"node_embedding": 4})
+
+
 CLIPS = {"unclipped": 1e6, "clipped": 0.1, "no-clip": None}
 PRODUCT = {
     name: Case(name, make(grad_clip=limit, weight_decay=decay, **units), {"norm": norm, "dropout": dropout})
@@ -98,14 +134,15 @@ def sabotaged(case: Case, how: str) -> Case:
 
 
 def is_meaningless(case: Case, name: str) -> bool:
-    """Whether the gradient of this parameter is analytically zero, and Adam turns its rounding into steps.
+    """Whether the gradient of this parameter is analytically zero: its value and its moments are rounding.
 
-    Batch norm takes the mean away, and with it the bias of the convolution before it; the mean that it keeps has that
-    bias in it.
+    Batch norm takes the mean away, and with it the bias of the convolution before it. SGD leaves it at nothing, Adam
+    turns it into steps; then the mean that batch norm keeps differs by that bias, too.
     """
-    if case.train["optimizer"] == "sgd" or case.model.get("norm") != "batch":
+    if case.model.get("norm") != "batch":
         return False
-    return name in ("convs.0.bias", "norms.0.running_mean")
+    drifts = case.train["optimizer"] != "sgd"
+    return "convs.0.bias" in name or (drifts and name == "norms.0.running_mean")
 
 
 def uneven_world(root: str | Path, halo_hops: int = 2, average_degree: int = 5) -> Storage:

@@ -86,10 +86,15 @@ def train(world: World, store: str, stage: int, case: dict[str, Any], out: str) 
     running.engine.close, close = lambda: None, running.engine.close  # type: ignore[method-assign]
     with _sabotaged(it.sabotage, world):
         running.run()
-    state = running.engine.model_state()
+    state = running.engine.model_state() | prefixed(running.engine.optimizer_state())
     close()
     if world.is_main:
         torch.save(state, out)
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of an optimizer beside that of a model; without its count of steps, which engines keep differently."""
+    return {f"optimizer/{name}": value for name, value in state.items() if not name.endswith("/step")}
 
 
 def _sabotaged(how: str, world: World) -> AbstractContextManager[object]:

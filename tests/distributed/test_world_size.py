@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gkd_dist.config.deepspeed import ZERO_ALLOWED
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.trainer import Trainer, prepare_process
 from gkd_dist.partition.store import GraphStore
@@ -26,12 +27,15 @@ from tests.distributed.cases import (
     NO_LABELS,
     PRODUCT,
     SIZES,
+    ZERO_OPTIONS,
     Case,
     is_meaningless,
     sabotaged,
     uneven_world,
+    with_option,
 )
 from tests.distributed.groups import Ranks
+from tests.distributed.ranks import prefixed
 
 TOLERANCE = 1e-5
 _LR_STEPS = 1e-2  # lr times steps: how far Adam can carry a parameter whose gradient is rounding
@@ -64,7 +68,7 @@ def reference(references: dict[str, dict[str, Tensor]], store: Storage, case: Ca
         trainer = Trainer(case.task(store, f"reference-{case.name}", train), World(), torch_factory(train, World()))
         trainer.run()
         assert trainer.state.global_step == 10
-        references[case.name] = trainer.engine.model_state()
+        references[case.name] = trainer.engine.model_state() | prefixed(trainer.engine.optimizer_state())
     return references[case.name]
 
 
@@ -83,11 +87,12 @@ def trained(
 
 
 def error_of(found: dict[str, Tensor], expected: dict[str, Tensor], case: Case) -> float:
-    """Largest relative error of a parameter or buffer, and of all together."""
+    """Largest relative error of a parameter, a buffer or a moment, and of all parameters and buffers together."""
     assert found.keys() == expected.keys()
     names = [name for name in expected if not is_meaningless(case, name)]
-    errors = [float((found[n] - expected[n]).norm() / expected[n].norm().clamp_min(1e-2)) for n in names]
-    flat = [torch.cat([state[name].flatten() for name in names]) for state in (found, expected)]
+    errors = [float((found[n] - expected[n]).norm() / expected[n].norm().clamp_min(1e-5)) for n in names]
+    weights = [name for name in names if not name.startswith("optimizer/")]
+    flat = [torch.cat([state[name].flatten() for name in weights]) for state in (found, expected)]
     return max(*errors, float((flat[0] - flat[1]).norm() / flat[1].norm()))
 
 
@@ -120,6 +125,17 @@ def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage,
 def test_parameters_agree_with_every_option(ranks, store, references, tmp_path, world_size, stage, case):
     found = trained(ranks, store, world_size, stage, case, tmp_path)
     check(found, reference(references, store, case), case)
+
+
+def test_no_option_is_left_out() -> None:
+    assert ZERO_OPTIONS.keys() == ZERO_ALLOWED.keys() - {"overlap_comm"}  # which needs GPUs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stage"), [(n, stage) for n in ZERO_OPTIONS for stage in ZERO_ALLOWED[n][1]])
+def test_what_may_be_handed_to_deepspeed_changes_nothing(ranks, store, references, tmp_path, name, stage):
+    case = with_option(name)
+    check(trained(ranks, store, 2, stage, case, tmp_path), reference(references, store, case), case)
 
 
 @pytest.mark.parametrize(

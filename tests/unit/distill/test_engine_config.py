@@ -3,7 +3,7 @@
 import pytest
 
 from gkd_dist.config import DistillConfig
-from gkd_dist.distill.engine import check_precision, deepspeed_config
+from gkd_dist.distill.engine import check_options, check_precision, deepspeed_config
 from gkd_dist.errors import ConfigError
 
 
@@ -47,3 +47,20 @@ def test_fp16_on_a_cpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", NoFp16())
     with pytest.raises(ConfigError, match="precision=bf16 or fp32"):
         check_precision(DistillConfig(precision="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"comms_logger": {"enabled": "perhaps"}}, "distill.deepspeed is refused by DeepSpeed: .*enabled"),
+        ({"csv_monitor": {"job_name": 3}}, "distill.deepspeed is refused by DeepSpeed: .*; correct it"),
+    ],
+)
+def test_what_deepspeed_refuses_is_known_before_any_process_starts(options, says):
+    with pytest.raises(ConfigError, match=says):
+        check_options(DistillConfig(deepspeed=options))
+
+
+def test_what_deepspeed_takes_passes():
+    check_options(DistillConfig())
+    check_options(DistillConfig(deepspeed={"wall_clock_breakdown": True, "comms_logger": {"enabled": True}}))
