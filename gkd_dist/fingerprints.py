@@ -97,6 +97,7 @@ def student_fingerprint(config: Config, knowledge: str | None) -> str:
         config.seed,
         *_if_set(config.student.features),
         *_if_exchanged(config.distill),
+        *_if_sampled(config.distill),
     )
 
 
@@ -105,9 +106,14 @@ def _if_exchanged(distill: DistillConfig) -> tuple[dict[str, str], ...]:
     return () if distill.halo == "hops" else ({"halo": distill.halo},)
 
 
+def _if_sampled(distill: DistillConfig) -> tuple[dict[str, list[int]], ...]:
+    """Nothing where layers look at all neighbours."""
+    return () if distill.fan_out is None else ({"fan_out": list(distill.fan_out)},)
+
+
 def _unnamed(loss: Loss) -> set[str]:
-    """A loss that names no teacher is what it was before there could be several."""
-    return {"teacher"} if getattr(loss, "teacher", None) is None else set()
+    """A loss that names no teacher, or takes all neighbours, is what it was before there was a choice."""
+    return {name for name in ("teacher", "fan_out") if getattr(loss, name, None) is None}
 
 
 def of_several(fingerprints: Mapping[str, str]) -> str:

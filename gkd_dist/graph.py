@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from gkd_dist.noise import NodeNoise
 from gkd_dist.sparse import CsrPattern, indptr_from_counts, spmm
 from gkd_dist.topk import TopK
+
+if TYPE_CHECKING:
+    from gkd_dist.sampling import LayerGraphs
 
 Task = Literal["multiclass", "multilabel"]
 SPLITS = ("train", "val", "test")
@@ -106,7 +109,9 @@ class LocalGraph:
     graph, None where this is the whole graph in its own order (`global_ids`). ``noise`` holds the random numbers
     of a forward pass in training (None: those of torch's generators). ``halo`` brings the rows of halo nodes
     from the ranks that own them (None: they are computed here). ``recomputing`` is true while a backward pass
-    computes a layer again.
+    computes a layer again. Where edges were sampled, ``edge_share`` float32 [m] is how many in-edges of the target
+    each of them stands for (None: each for itself), and ``layers`` are the graphs that layers run on in place of
+    this one.
 
     In inference the pattern may have rows for the first nodes alone, those whose output is wanted
     (``num_rows`` < ``num_nodes``); convolutions then give a row for each of those.
@@ -122,7 +127,10 @@ class LocalGraph:
     noise: NodeNoise | None = None
     halo: HaloRows | None = None
     recomputing: bool = False
+    edge_share: Tensor | None = None
+    layers: LayerGraphs | None = None
     _cache: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _drawn: dict[str, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_edge_index(
@@ -179,7 +187,11 @@ class LocalGraph:
     def sum_matrix(self) -> WeightedPattern:
         """Sum over in-neighbours (GIN; edge weights not used)."""
         ones = lambda: torch.ones(self.num_edges, device=self.in_degree.device)  # noqa: E731
-        return self._once("sum", lambda: WeightedPattern(self.pattern, ones()))
+        return self._once("sum", lambda: WeightedPattern(self.pattern, self.for_all(ones())))
+
+    def for_all(self, values: Tensor) -> Tensor:
+        """``values`` [m] of a sum over in-edges, scaled so that sampled edges stand for all in expectation."""
+        return values if self.edge_share is None else values * self.edge_share
 
     def mean_matrix(self) -> WeightedPattern:
         """Mean over in-neighbours, zero where there are none (GraphSAGE; edge weights not used)."""
@@ -201,7 +213,7 @@ class LocalGraph:
             missing = (~self.has_self_loop).float()
             degree = self.in_degree + missing
             scale = torch.where(degree > 0, degree.clamp_min(1e-38).rsqrt(), torch.zeros_like(degree))
-            values = self._values() * scale[self.pattern.rows()] * scale[self.pattern.indices]
+            values = self.for_all(self._values()) * scale[self.pattern.rows()] * scale[self.pattern.indices]
             return WeightedPattern(self.pattern, values, (missing * scale * scale)[: self.num_rows])
 
         return self._once("gcn", build)
@@ -225,8 +237,14 @@ class LocalGraph:
     def with_noise(self, noise: NodeNoise) -> LocalGraph:
         """The same graph, sharing all it holds, for one forward pass with the random numbers of ``noise``."""
         graph = copy.copy(self)
-        graph.noise = noise
+        graph.noise, graph._drawn = noise, {}
         return graph
+
+    def drawn(self, name: str, build: Callable[[], _T]) -> _T:
+        """What ``build`` makes of this graph and of its noise: made once per forward pass."""
+        if name not in self._drawn:
+            self._drawn[name] = build()
+        return self._drawn[name]  # type: ignore[return-value]
 
     def owned_rows(self) -> LocalGraph:
         """The same graph with rows for the owned nodes alone; the halo nodes must have no in-edges here.
@@ -314,6 +332,12 @@ class Batch:
     def with_noise(self, key: int) -> Batch:
         """The same batch for one forward pass, whose random numbers are those of its nodes under ``key``."""
         return replace(self, graph=self.graph.with_noise(NodeNoise(self.n_id, key)))
+
+    def with_layers(self, layers: LayerGraphs) -> Batch:
+        """The same batch for one forward pass, whose layers run on ``layers``."""
+        graph = copy.copy(self.graph)
+        graph.layers = layers
+        return replace(self, graph=graph)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on ``device``."""

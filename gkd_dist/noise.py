@@ -29,7 +29,7 @@ _WORD = (1 << 64) - 1
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """A 64-bit word as the int64 of the same bits."""
     word &= _WORD
     return word - (1 << 64) if word >> 63 else word
@@ -45,9 +45,9 @@ def splitmix64(word: int) -> int:
 
 def splitmix64_(words: Tensor) -> Tensor:
     """`splitmix64` of every element of an int64 tensor, in place."""
-    words.add_(_signed(_GOLDEN))
+    words.add_(signed(_GOLDEN))
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
-        words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(_signed(factor))
+        words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(signed(factor))
     return words.bitwise_xor_((words >> 31).bitwise_and_((1 << 33) - 1))
 
 
@@ -73,7 +73,7 @@ class NodeNoise:
         return _drop(values, splitmix64_(edges), rate)
 
     def _hashes(self, ids: Tensor, place: int) -> Tensor:
-        return splitmix64_(ids.bitwise_xor(_signed(splitmix64(splitmix64(self.key) + place))))
+        return splitmix64_(ids.bitwise_xor(signed(splitmix64(splitmix64(self.key) + place))))
 
 
 def _drop(values: Tensor, rows: Tensor, rate: float) -> Tensor:

@@ -85,6 +85,7 @@ def check_student(config: Config, meta: Mapping[str, Any]) -> ModelCheck:
         trainable.require_layers(model)
     found = check_model(model.eval(), width, weighted, attributes)
     trainable.refuse_layers_that_are_not_there(model, config.losses)
+    trainable.sampler_for(model, config.distill.fan_out)
     empty = empty_batch(width, classes, meta["task"], weighted=weighted, num_edge_features=attributes)
     trainable.check_empty(model, empty, 0)
     _check_projections(config, meta, layer_widths(model.eval(), width, weighted, attributes))

@@ -77,6 +77,9 @@ class LspLoss(LossConfig):
     direction: Literal["student||teacher", "teacher||student"] = "student||teacher"
     reduction: Literal["nodes", "edges"] = "nodes"
     self_loops: bool = False
+    fan_out: Positive | None = Field(
+        None, description="neighbours of each node that a training step looks at; null: all, whatever distill.fan_out"
+    )
     teacher: str | None = Field(None, description="which of several teachers; null: all, the mean of their losses")
     teacher_layer: Integer = -2
     student_layer: Integer = -2

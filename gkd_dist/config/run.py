@@ -50,6 +50,7 @@ class Config(Section):
                     who = f"teacher {teacher.name}: " if self.teachers else ""
                     _check_layer(f"losses.{index}.teacher_layer: {who}", loss.teacher_layer, teacher.model)
                 _check_layer(f"losses.{index}.student_layer: ", loss.student_layer, self.student.model)
+        self._check_fan_out()
         self._check_features()
         self._check_elastic()
         self._check_exchange()
@@ -90,6 +91,23 @@ class Config(Section):
             raise ValueError(
                 f"distill.num_workers {given} follows the room in the cluster, but workers without CPUs and GPUs take "
                 "none; set distill.cpus_per_worker=1, or give one number"
+            )
+
+    def _check_fan_out(self) -> None:
+        fan_out, model = self.distill.fan_out, self.student.model
+        if fan_out is None:
+            return
+        if model.kind == "mlp":
+            raise ValueError("distill.fan_out is for students that look at neighbours, not for an mlp; set it to null")
+        if len(fan_out) != model.layers:
+            raise ValueError(
+                f"distill.fan_out has {len(fan_out)} numbers for a student of {model.layers} layers; give one for each "
+                "layer, from the last to the first, -1 for all neighbours"
+            )
+        if self.distill.halo != "hops":
+            raise ValueError(
+                f"distill.fan_out needs distill.halo=hops (got {self.distill.halo}): with another halo a rank computes "
+                "whole layers of what it owns; set one of them to its default"
             )
 
     def _check_teachers(self) -> None:

@@ -29,6 +29,7 @@ class LrSchedule(Section):
 
 
 AllOr = Positive | Literal["all"]
+Neighbours = Positive | Annotated[Literal[-1], NotBool]
 
 
 class CacheConfig(Section):
@@ -151,6 +152,11 @@ class DistillConfig(TrainConfig):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     units_per_step: AllOr = 2
+    fan_out: tuple[Neighbours, ...] | None = Field(
+        None,
+        description="neighbours of each node that a layer looks at in training, from the last layer to the first as "
+        "in PyG's loaders; -1: all; null: all in every layer",
+    )
     halo: Literal["hops", "exchange"] = Field(
         "hops",
         description="where halo activations come from: computed from stored hops, or exchanged between ranks",

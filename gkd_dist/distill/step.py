@@ -21,6 +21,7 @@ from gkd_dist.errors import NonFiniteLossError
 from gkd_dist.graph import Batch
 from gkd_dist.losses.objective import Objective
 from gkd_dist.losses.terms import Output
+from gkd_dist.sampling import Sampler
 from gkd_dist.stream.order import hash_of
 from gkd_dist.world import World
 
@@ -89,13 +90,16 @@ def train_step(
     epoch: int,
     step: int,
     wishes: Tensor | None = None,
+    sampler: Sampler | None = None,
     measure_gradients: bool = False,
 ) -> StepReport:
     """One optimizer step over this rank's ``batches``, which every rank has equally many of.
 
-    ``wishes`` [3] of this rank are summed with the counts; the report says what all ranks want.
+    ``wishes`` [3] of this rank are summed with the counts; the report says what all ranks want. ``sampler``
+    chooses the neighbours that layers look at (None: all).
     Raises `NonFiniteLossError` on every rank at once, before the optimizer saw the loss.
     """
+    batches = [batch.with_noise(hash_of(seed, step)) for batch in batches]
     counts = torch.stack([objective.counts(batch) for batch in batches]).sum(0)
     own = torch.zeros(NUM_WISHES, dtype=torch.float64) if wishes is None else wishes
     counts, wanted = world.sum(torch.cat([counts.double().cpu(), own])).tensor_split([len(counts)])
@@ -106,7 +110,8 @@ def train_step(
         last = index == len(batches) - 1
         world.place.unit = batch.unit
         with seeded(world.device, seed, step, batch.unit):
-            logits, layers = engine.forward(batch.with_noise(hash_of(seed, step)), objective.outputs)
+            sampled = batch if sampler is None else sampler.sample(batch, objective.nodes(batch))
+            logits, layers = engine.forward(sampled, objective.outputs)
         sums = objective.sums(batch, logits, layers, epoch)
         totals[0] += sums.detach().double().cpu()
         if measure_gradients:

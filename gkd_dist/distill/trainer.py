@@ -45,7 +45,7 @@ from gkd_dist.losses.terms import ScoreKey, score_key
 from gkd_dist.models.build import build_model, resolve_model
 from gkd_dist.models.io import ModelSpec, read_model_document, save_model
 from gkd_dist.models.probe import layer_widths
-from gkd_dist.models.trainable import check_empty, refuse_untrainable, require_layers
+from gkd_dist.models.trainable import check_empty, refuse_untrainable, require_layers, sampler_for
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage
@@ -258,6 +258,7 @@ class Trainer:
         if self.state.model:
             model.load_state_dict(self.state.model)
         refuse_untrainable(model)
+        self.sampler = sampler_for(model, getattr(self.config, "fan_out", None))
         student = with_heads(model, heads_of(self.task, model, self.loader), self.task.seed, self.state.heads)
         self.num_head_params = sum(parameter.numel() for parameter in student.heads.parameters())
         empty = self.loader.empty()
@@ -344,6 +345,7 @@ class Trainer:
             epoch=epoch,
             step=self.state.global_step,
             wishes=self.wishes.flags(failed=self.saver is not None and self.saver.failed),
+            sampler=self.sampler,
             measure_gradients=measures_gradients(epoch, step),
         )
         merge_running_statistics(self.engine.module, self.world)

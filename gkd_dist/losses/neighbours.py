@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gkd_dist.errors import GraphError
 from gkd_dist.graph import LocalGraph
+from gkd_dist.sampling import copies, edge_hashes, keep_smallest
 from gkd_dist.sparse import CsrPattern, indptr_from_counts
 
 
@@ -61,6 +62,17 @@ class Neighbours:
             return cls(pattern, rows, picked, int((lengths > 0).sum()))
 
         return graph.derived(f"neighbours {num_owned} {self_loops}", build)
+
+    def sampled(self, graph: LocalGraph, layer: int, k: int) -> Neighbours:
+        """At most ``k`` in-edges of each target, by the noise of ``graph``, of which all edges were taken.
+
+        They are among those that layer ``layer`` of a sampled forward pass looks at, where it takes ``k`` or more.
+        """
+        assert graph.noise is not None, "sampling belongs to a step"
+        ids, source = graph.global_ids(), self.pattern.indices
+        hashes = edge_hashes(graph.noise.key, layer, ids[self.rows], ids[source], copies(self.rows, source))
+        keep = keep_smallest(self.pattern.indptr[1:] - self.pattern.indptr[:-1], hashes, k)
+        return Neighbours(self.pattern.select(keep), self.rows[keep], self.picked[keep], self.num_nodes)
 
     @property
     def num_edges(self) -> int:

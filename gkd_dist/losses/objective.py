@@ -83,6 +83,14 @@ class Objective:
     def _lsp(self) -> list[LspTerm]:
         return [term for term in self._terms if isinstance(term, LspTerm)]
 
+    def nodes(self, batch: Batch) -> dict[int, Tensor]:
+        """Local numbers of the nodes whose output of a layer is read beside the owned ones, by layer."""
+        found: dict[int, Tensor] = {}
+        for term in self._lsp:
+            nodes, known = term.nodes(batch), found.get(term.student_layer)
+            found[term.student_layer] = nodes if known is None else torch.cat([known, nodes])
+        return found
+
     def weights(self, epoch: int) -> Tensor:
         """Weight times schedule of each term in ``epoch`` (from 0), float32 [k]."""
         return torch.tensor([loss.weight * loss.schedule.factor(epoch) for loss in self._losses])

@@ -145,6 +145,7 @@ class LspTerm:
     student_sigma: float | None
     teacher: str | None = None
     compiled: bool = False
+    fan_out: int | None = None
 
     @classmethod
     def of(
@@ -179,6 +180,7 @@ class LspTerm:
             teacher_sigma,
             None if isinstance(config.sigma, str) else config.sigma,
             config.teacher,
+            fan_out=config.fan_out,
         )
 
     @property
@@ -187,8 +189,17 @@ class LspTerm:
         return (self.student_layer,)
 
     def neighbours(self, batch: Batch) -> Neighbours:
-        """In-edges of owned nodes that the term looks at."""
-        return Neighbours.of_graph(batch.graph, batch.num_owned, self_loops=self.self_loops)
+        """In-edges of owned nodes that the term looks at; in a training step at most ``fan_out`` of each node."""
+        graph, k = batch.graph, self.fan_out
+        found = Neighbours.of_graph(graph, batch.num_owned, self_loops=self.self_loops)
+        if k is None or graph.noise is None:
+            return found
+        above = self.student_layer + 1  # the layer that would read the same rows of the same neighbours
+        return graph.drawn(f"{above} {k} {self.self_loops}", lambda: found.sampled(graph, above, k))
+
+    def nodes(self, batch: Batch) -> Tensor:
+        """Nodes whose output it reads beside the owned ones, int64."""
+        return self.neighbours(batch).pattern.indices
 
     def count(self, batch: Batch) -> Tensor:
         """Owned nodes with a neighbour, or their edges."""

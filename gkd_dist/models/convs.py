@@ -52,6 +52,7 @@ def gcn_matrix(graph: LocalGraph, normalize: bool, add_self_loops: bool, loop_we
     def build() -> WeightedPattern:
         weight = graph.edge_weight
         values = torch.ones(graph.num_edges, device=graph.in_degree.device) if weight is None else weight
+        values = graph.for_all(values)
         if not normalize:
             return WeightedPattern(graph.pattern, values)
         added = loop_weight * (~graph.has_self_loop).float() if add_self_loops else torch.zeros_like(graph.in_degree)

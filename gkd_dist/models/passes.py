@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import HaloRows, LocalGraph
 from gkd_dist.models.norm import tell_norms
+from gkd_dist.sampling import LayerGraphs
 
 
 def run_stack(
@@ -32,13 +33,16 @@ def run_stack(
     Logits are [n, c], on a graph with ``halo`` [o, c]. ``recompute``: of each layer only its input is kept,
     and the layer is computed once more in the backward pass; exchanges are not repeated.
     """
+    if graph.layers is not None:
+        return _run_sampled(model, stack, x, graph, graph.layers, wanted, recompute)
     rows = _rows_to_compute(model, graph)
-    activate = partial(stack.activate, noise=graph.noise) if getattr(stack, "takes_noise", False) else stack.activate
+    activate = _activation(stack, graph)
     keep = _recomputed if recompute and torch.is_grad_enabled() else _kept
+    num_rows = None if graph.halo is None else graph.num_owned
     h, outputs, read = activate(0, x), dict[int, Tensor](), dict[int, Tensor]()
     for layer in range(1, stack.num_layers + 1):
         last = layer == stack.num_layers
-        z, above = keep(partial(_layer, model, stack, layer, None if last else activate), h, rows)
+        z, above = keep(partial(_layer, model, stack, layer, None if last else activate, num_rows), h, rows)
         if layer in stack.readout_layers:
             read[layer] = z
         asked = z if layer in wanted else None
@@ -46,6 +50,35 @@ def run_stack(
         if asked is not None:
             outputs[layer] = asked
     return stack.readout(read), outputs
+
+
+def _run_sampled(
+    model: nn.Module,
+    stack: Any,
+    x: Tensor,
+    graph: LocalGraph,
+    layers: LayerGraphs,
+    wanted: Collection[int],
+    recompute: bool,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The same with a graph of its own for each layer; logits are of the rows of the last one, owned nodes first."""
+    activate = _activation(stack, layers.graphs[0])
+    keep = _recomputed if recompute and torch.is_grad_enabled() else _kept
+    h, outputs, read = activate(0, x[layers.nodes]), dict[int, Tensor](), dict[int, Tensor]()
+    for layer, inner in enumerate(layers.graphs, start=1):
+        above = None if layer == stack.num_layers else activate
+        z, h = keep(partial(_layer, model, stack, layer, above, layers.sizes[layer]), h, inner)
+        if layer in stack.readout_layers:
+            read[layer] = z[: layers.sizes[-1]]
+        if layer in wanted:
+            outputs[layer] = layers.spread(z, layer, graph.num_nodes)
+    return stack.readout(read), outputs
+
+
+def _activation(stack: Any, graph: LocalGraph) -> Callable[[int, Tensor], Tensor]:
+    """``activate`` of a stack, with the noise of the pass where it takes it."""
+    activate: Callable[[int, Tensor], Tensor] = stack.activate
+    return partial(stack.activate, noise=graph.noise) if getattr(stack, "takes_noise", False) else activate
 
 
 def _rows_to_compute(model: nn.Module, graph: LocalGraph) -> LocalGraph:
@@ -60,15 +93,15 @@ def _layer(
     stack: Any,
     layer: int,
     activate: Callable[[int, Tensor], Tensor] | None,
+    num_rows: int | None,
     h: Tensor,
     graph: LocalGraph,
 ) -> tuple[Tensor, Tensor | None]:
-    """``z_l`` and, below the last layer, ``h_l``; of owned rows where the others come from elsewhere."""
+    """``z_l`` and, below the last layer, ``h_l``; of the first ``num_rows`` rows (None: all)."""
     if model.training:
         tell_norms(model, graph)
     z = checked_layer(model, layer, stack.forward_layer(layer, h, graph), graph)
-    if graph.halo is not None:
-        z = z[: graph.num_owned]
+    z = z[:num_rows]
     return z, None if activate is None else activate(layer, z)
 
 

@@ -19,6 +19,7 @@ from gkd_dist.graph import Batch
 from gkd_dist.models.basic_gnn import is_basic_gnn
 from gkd_dist.models.build import no_layers, run_model
 from gkd_dist.models.layered import is_layered, why_not_layered
+from gkd_dist.sampling import Sampler
 
 _INSTEAD = "use batch_norm, which takes statistics over owned nodes, or layer_norm with norm_kwargs: {mode: node}"
 
@@ -60,6 +61,18 @@ def refuse_layers_that_are_not_there(model: nn.Module, losses: Sequence[Loss]) -
                 f"a {loss.kind} loss reads layer {loss.student_layer} of the student, but {no_layers(model)}, "
                 f"or remove the {loss.kind} loss"
             )
+
+
+def sampler_for(model: nn.Module, fan_out: Sequence[int] | None) -> Sampler | None:
+    """What chooses the neighbours that each layer of ``model`` looks at; `ModelError` for one that runs as a whole."""
+    if fan_out is None:
+        return None
+    if not is_layered(model):
+        raise ModelError(
+            f"distill.fan_out is a number of neighbours for each layer, but {no_layers(model)}, or set "
+            "distill.fan_out=null"
+        )
+    return Sampler(tuple(fan_out), bool(getattr(model, "rows_alone", False)))
 
 
 def check_empty(model: nn.Module, empty: Batch, rank: int) -> None:

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[ModelConfig, tuple[Loss, ...]]] = {
     "pna": (ModelConfig(kind="torch_geometric.nn:PNA", hidden=6, args={**_PYG, "jk": "cat"}), LOSSES),
     "edgecnn": (ModelConfig(kind="torch_geometric.nn:EdgeCNN", hidden=6, args=_PYG), LOSSES),
     "whole": (ModelConfig(kind="tests.user_models:Plain"), _LABELS),
+    "sampled": (ModelConfig(kind="gat", hidden=6, heads=2, norm="batch", dropout=0.3), (*LOSSES, _HINT)),
     "layered": (ModelConfig(kind="tests.user_models:Layered"), LOSSES),
 }
 
@@ -44,6 +45,7 @@ def task_of(storage: Storage, case: str, name: str, stage: int, num_workers: int
         num_workers=num_workers,
         patience=0,
         eval_every=10,
+        fan_out=(3, 2) if case == "sampled" else None,
     )
     return replace(make_task(storage, name, train), model=model, losses=losses)
 

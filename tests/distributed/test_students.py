@@ -33,10 +33,14 @@ def reference(storage, case: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("world_size", "jobs"),
     [
-        (2, "fitnet:13 pyg:02 pna:3 edgecnn:1 whole:2 layered:3"),
-        pytest.param(1, "fitnet:0123 pyg:0123 pna:13", marks=pytest.mark.slow),
-        pytest.param(2, "fitnet:02 pyg:13 pna:012 edgecnn:023 whole:013 layered:012", marks=pytest.mark.slow),
-        pytest.param(3, "fitnet:0123 pyg:0123 pna:13 edgecnn:2 whole:23 layered:1", marks=pytest.mark.slow),
+        (2, "fitnet:13 pyg:02 pna:3 edgecnn:1 whole:2 layered:3 sampled:2"),
+        pytest.param(1, "fitnet:0123 pyg:0123 pna:13 sampled:13", marks=pytest.mark.slow),
+        pytest.param(
+            2, "fitnet:02 pyg:13 pna:012 edgecnn:023 whole:013 layered:012 sampled:013", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            3, "fitnet:0123 pyg:0123 pna:13 edgecnn:2 whole:23 layered:1 sampled:0123", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_parameters_agree(tmp_path, world_size, jobs):
@@ -45,7 +49,7 @@ def test_parameters_agree(tmp_path, world_size, jobs):
     for job in jobs.split():
         case, _, stages = job.partition(":")
         expected = reference(storage, case)
-        assert ("heads.fitnet.weight" in expected) == (case == "fitnet")
+        assert ("heads.fitnet.weight" in expected) == (case in ("fitnet", "sampled"))
         for stage in stages:
             name = f"{case}-w{world_size}-z{stage}"
             found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
