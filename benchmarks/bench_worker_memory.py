@@ -9,7 +9,7 @@ fixed size. Every case is a process of its own, which trains on a tiny graph of 
 The expected peak is the formula of docs/memory.md. Targets: at most 1.15 times that, and at most 10 % more from
 the smallest to the largest graph.
 
-    python benchmarks/bench_worker_memory.py                                  # features of 1 GB per part: 20 minutes, 20 GB of disk
+    python benchmarks/bench_worker_memory.py           # features of 1 GB per part: half an hour, 20 GB of disk
     python benchmarks/bench_worker_memory.py --width 128 --part-nodes 50000 --nodes 100000 200000 --kinds gcn
 """
 
@@ -151,11 +151,12 @@ def one(kind: str, num_nodes: int, folder: str, argv: list[str]) -> dict[str, An
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found |= {"kind": kind, "nodes": num_nodes, "factor": found["peak"] / found["unit"]}
     found["of_expected"] = found["peak"] / found["expected"]
-    mib = {name: found[name] / 2**20 for name in ("unit", "extra", "work", "idle", "peak", "expected")}
+    mib = {name: f"{found[name] / 2**20:.0f}" for name in ("unit", "extra", "work", "idle", "peak", "expected")}
+    verdict = "within" if found["of_expected"] <= TARGET else "ABOVE"
     print(
-        f"{kind:5s} {num_nodes:>10,} nodes: unit {mib['unit']:6.0f} MiB, extra {mib['extra']:5.0f}, work {mib['work']:5.0f}; "
-        f"idle {mib['idle']:5.0f}, peak above {mib['peak']:6.0f} = {found['factor']:.2f} units, "
-        f"{found['of_expected']:.2f} of {mib['expected']:.0f} ({'within' if found['of_expected'] <= TARGET else 'ABOVE'} {TARGET})",
+        f"{kind:5s} {num_nodes:>10,} nodes: unit {mib['unit']} MiB, extra {mib['extra']}, work {mib['work']}; "
+        f"idle {mib['idle']}, peak above {mib['peak']} = {found['factor']:.2f} units, "
+        f"{found['of_expected']:.2f} of {mib['expected']} ({verdict} {TARGET})",
         flush=True,
     )
     return found
