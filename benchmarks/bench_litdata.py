@@ -1,6 +1,7 @@
 """Reading the shards of a graph store against litdata on the same tensors, cold and warm.
 
-Ours: `read_shard` of every part by two threads, crc32 of every byte checked, tensors in memory of their own.
+Ours: `read_shard` of every part by two threads that use their memory again, as training does, crc32 of every byte
+checked.
 litdata: the same tensors, one item per part, without checks, in three ways (`litdata_side.py`):
 
 - ``loader``: read ahead by two workers, as in training
@@ -39,6 +40,7 @@ from environment import describe, save
 import gkd_dist.partition.build as build
 from gkd_dist.config import PartitionConfig
 from gkd_dist.partition.store import GraphStore
+from gkd_dist.shards.buffers import BufferPool
 from gkd_dist.shards.manifest import ObjectEntry
 from gkd_dist.shards.reader import read_shard
 from gkd_dist.storage import Storage
@@ -91,13 +93,13 @@ class Litdata:
         self.process.wait(timeout=60)
 
 
-def ours(store: GraphStore, threads: int, cache: str) -> float:
+def ours(store: GraphStore, threads: int, buffers: BufferPool, cache: str) -> float:
     files = [Path(store.storage.local_path(entry.key) or "") for entry in store.manifest.parts]
     forget(files) if cache == "cold" else [file.read_bytes() for file in files]
     begin = time.perf_counter()
 
     def read(entry: ObjectEntry) -> int:
-        tensors = read_shard(store.storage, entry)
+        tensors = read_shard(store.storage, entry, pool=buffers)
         return sum(int(tensor.reshape(-1).view(torch.uint8)[::4096].sum()) for tensor in tensors.values())
 
     with ThreadPoolExecutor(threads) as pool:
@@ -117,12 +119,13 @@ def measure(folder: Path, store: GraphStore, args: argparse.Namespace) -> dict[s
     """Seconds of a pass over all parts, per side and state of the page cache."""
     write = [args.litdata_python, str(SIDE), "write", str(folder / "tensors"), str(folder / "litdata")]
     subprocess.run(write, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    buffers = BufferPool(args.threads)
     warm = {mode: Litdata(args.litdata_python, folder, mode, "warm") for mode in MODES}
     found: dict[str, Any] = {}
     for cache in ("warm", "cold"):
         seconds: dict[str, list[float]] = {name: [] for name in ("read_shard", *MODES)}
         for _ in range(args.repeats):
-            seconds["read_shard"].append(ours(store, args.threads, cache))
+            seconds["read_shard"].append(ours(store, args.threads, buffers, cache))
             for mode in MODES:
                 seconds[mode].append(warm[mode].turn() if warm else theirs(folder, args, mode, cache))
         medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gkd_dist.errors import GraphError
 from gkd_dist.graph import LocalGraph
+from gkd_dist.shards.buffers import BufferPool
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.shards.reader import read_rows, read_shard
 from gkd_dist.sparse import CsrPattern, indptr_from_counts, row_index
@@ -69,16 +70,16 @@ class GraphStore:
         wanted = [s for s in stored if s in names or s.rpartition(".")[0] in names]
         return read_shard(self.storage, entry, wanted)
 
-    def part_with(self, index: int, features: str | None, without: Sequence[str] = ()) -> dict[str, Tensor]:
-        """All tensors of a part but ``without`` and the features that are not asked for."""
+    def part_with(
+        self, index: int, features: str | None, without: Sequence[str] = (), pool: BufferPool | None = None
+    ) -> dict[str, Tensor]:
+        """All tensors of a part but ``without`` and the features that are not asked for, in memory from ``pool``."""
         read, skipped = feature_tensors(features), set(without)
         for name in (None, *self.manifest.meta.get("features", {})):
             skipped |= set(feature_tensors(name)) - set(read)
-        if not skipped:
-            return self.part(index)
         stored = [tensor.name for tensor in self.manifest.parts[index].tensors]
         kept = [s for s in stored if not skipped & {s, s.rpartition(".")[0]}]
-        return read_shard(self.storage, self.manifest.parts[index], kept)
+        return read_shard(self.storage, self.manifest.parts[index], kept if kept != stored else None, pool)
 
     def has_dense(self, index: int, named: str | None = None) -> bool:
         """Whether `inputs` of a part are read in place: stored dense, as float32."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gkd_dist.errors import ObjectNotFoundError, ShardError
+from gkd_dist.shards.buffers import BufferPool
 from gkd_dist.shards.codec import Span, dtype_from_name, dtype_name, read_spans, take
 from gkd_dist.shards.manifest import ObjectEntry, TensorEntry
 from gkd_dist.storage import Storage
@@ -25,17 +26,19 @@ _LARGEST_GAP = 64 << 10  # bytes worth reading and dropping instead of asking a 
 _ACTION = "run `gkd verify` to see what else is damaged, then the stage that writes it again"
 
 
-def read_shard(storage: Storage, entry: ObjectEntry, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """All tensors of an object, or only ``names``, on the CPU.
+def read_shard(
+    storage: Storage, entry: ObjectEntry, names: Sequence[str] | None = None, pool: BufferPool | None = None
+) -> dict[str, Tensor]:
+    """All tensors of an object, or only ``names``, on the CPU; their memory is from ``pool``, where there is one.
 
     The whole object is checked by its crc32, named tensors each by their own. ShardError, with the
     key, for an object that is missing, truncated or altered, and for a name that it does not have.
     """
     if names is None:
-        return _read_whole(storage, entry)
+        return _read_whole(storage, entry, pool)
     tensors: dict[str, Tensor] = {}
     for group in merge_ranges(_pick(storage, entry, names)):
-        tensors.update(_read_group(storage, entry, group))
+        tensors.update(_read_group(storage, entry, group, pool))
     return {name: tensors[name] for name in names}
 
 
@@ -74,9 +77,9 @@ def merge_ranges(entries: Sequence[TensorEntry], largest_gap: int = _LARGEST_GAP
     return groups
 
 
-def read_object(storage: Storage, entry: ObjectEntry) -> memoryview:
+def read_object(storage: Storage, entry: ObjectEntry, pool: BufferPool | None = None) -> memoryview:
     """Bytes of an object, writable, with size and crc32 as in the manifest; else ShardError."""
-    buffer = _room(entry.num_bytes + 1)  # one more, to notice a longer object without asking its size
+    buffer = _room(entry.num_bytes + 1, pool)  # one more, to notice a longer object without asking its size
     view = buffer[: entry.num_bytes]
 
     def read() -> None:
@@ -87,8 +90,8 @@ def read_object(storage: Storage, entry: ObjectEntry) -> memoryview:
     return view
 
 
-def _read_whole(storage: Storage, entry: ObjectEntry) -> dict[str, Tensor]:
-    view = read_object(storage, entry)
+def _read_whole(storage: Storage, entry: ObjectEntry, pool: BufferPool | None) -> dict[str, Tensor]:
+    view = read_object(storage, entry, pool)
     try:
         spans = read_spans(view)
         if spans != tuple(_span(tensor) for tensor in entry.tensors):
@@ -98,9 +101,11 @@ def _read_whole(storage: Storage, entry: ObjectEntry) -> dict[str, Tensor]:
         raise ShardError(f"{storage.describe(entry.key)}: {error}") from error
 
 
-def _read_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry]) -> dict[str, Tensor]:
+def _read_group(
+    storage: Storage, entry: ObjectEntry, group: list[TensorEntry], pool: BufferPool | None
+) -> dict[str, Tensor]:
     origin, stop = group[0].start, max(tensor.stop for tensor in group)
-    view = _room(stop - origin)
+    view = _room(stop - origin, pool)
     _fill_group(storage, entry, group, view)
     return {tensor.name: take(view, _span(tensor), origin) for tensor in group}
 
@@ -118,8 +123,10 @@ def _fill_group(storage: Storage, entry: ObjectEntry, group: list[TensorEntry], 
     _read_twice(storage, entry, read)
 
 
-def _room(num_bytes: int) -> memoryview:
+def _room(num_bytes: int, pool: BufferPool | None) -> memoryview:
     """Writable memory that nothing was written to: filling a bytearray with zeros takes as long as reading it."""
+    if pool is not None:
+        return pool.room(num_bytes)
     return torch.empty(num_bytes, dtype=torch.uint8).numpy().data
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gkd_dist.errors import GraphError, ManifestError
 from gkd_dist.graph import SPLITS, Batch, LocalGraph, Task
 from gkd_dist.partition.store import GraphStore, feature_tensors, features, local_graph
+from gkd_dist.shards.buffers import BufferPool
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.sparse import CsrPattern
 from gkd_dist.storage import Storage
@@ -29,6 +30,7 @@ from gkd_dist.topk import concatenate
 
 EMPTY_UNIT = -1  # `Batch.unit` of an empty batch
 _IN_PLACE_BYTES = 4 << 20  # features from here on are a request of their own, straight into the batch
+_NUM_BUFFERS = 2  # kept for the next reads: as many as threads that read ahead
 _NOT_READ = ("send_part", "send_ptr", "send_rows")  # for inference alone
 _OWNED = ("y", *(f"{split}_mask" for split in SPLITS))
 
@@ -44,8 +46,8 @@ class UnitLoader:
 
     ``units`` are the parts of each unit. ``hops`` is how much of the stored halo is used (None:
     all of it); fewer hops than the student is deep make its outputs approximate. ``features`` are the
-    named features that become ``x`` of a batch (None: the graph's own). Holds no open files and no
-    state: it can be pickled and used from several threads.
+    named features that become ``x`` of a batch (None: the graph's own). Holds no open files, and no
+    state but memory to read into: it can be pickled and used from several threads.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class UnitLoader:
         features: str | None = None,
     ) -> None:
         self.graph, self.features = graph, features
+        self._pool = BufferPool(_NUM_BUFFERS)
         self.num_features = graph.num_features_of(features)
         self.units = [tuple(sorted(unit)) for unit in units]
         self.wants = wants
@@ -177,7 +180,9 @@ class UnitLoader:
     def _part(self, index: int, in_place: bool) -> LocalPart:
         hop_ptr = tuple(self.graph.manifest.parts[index].meta["hop_ptr"])
         without = (*_NOT_READ, *(feature_tensors(self.features) if in_place else ()))
-        return LocalPart(index, self.graph.part_with(index, self.features, without), hop_ptr[: self.hops + 1])
+        return LocalPart(
+            index, self.graph.part_with(index, self.features, without, self._pool), hop_ptr[: self.hops + 1]
+        )
 
     def _is_in_place(self, unit: int) -> bool:
         """Whether ``x`` of a unit is read straight into the batch: all features of a single part, and many of them."""
