@@ -13,6 +13,7 @@ from gkd_dist.distill.resident import HOPS, load_share, shares_of
 from gkd_dist.distill.step import StepReport, train_step
 from gkd_dist.distill.torch_engine import TorchEngine
 from gkd_dist.distill.trainer import TrainTask, build_objective, teacher_wants
+from gkd_dist.distill.validation import measure_medians, validate
 from gkd_dist.graph import Batch
 from gkd_dist.models.build import build_model
 from gkd_dist.storage import Storage
@@ -72,11 +73,16 @@ def one_step(task: TrainTask, batches: list[Batch], world: World) -> tuple[StepR
 
 def whole_graph(task: TrainTask) -> tuple[StepReport, dict[str, Tensor]]:
     """The same in one process, which has all nodes."""
+    return one_step(task, [whole_batch(task)], World())
+
+
+def whole_batch(task: TrainTask) -> Batch:
+    """All parts merged, which puts back what the cut took away."""
     wants = teacher_wants(task.losses, task.teacher_layers)
     loader = UnitLoader(task.graph, task.knowledge, [tuple(range(task.graph.num_parts))], wants)
     batch = loader.load(0)
     assert batch.num_owned == batch.graph.num_nodes, "no halo is left"
-    return one_step(task, [batch], World())
+    return batch
 
 
 def measure(world: World, store: str, step: dict[str, Any], out: str) -> None:
@@ -88,8 +94,22 @@ def measure(world: World, store: str, step: dict[str, Any], out: str) -> None:
     batch = load_share(loader, world)
     _sabotage(it.sabotage, batch)
     report, grads = one_step(task, [batch], world)
+    looked = look(task, batch, world)
     if world.is_main:
-        torch.save({"means": report.means, "grads": grads}, out)
+        torch.save({"means": report.means, "grads": grads, **looked}, out)
+
+
+def look(task: TrainTask, batch: Batch, world: World) -> dict[str, Any]:
+    """Passes without a gradient: metrics per split, and widths from the student's own medians."""
+    engine = AveragingEngine(task, world)
+    engine.train(False)
+    metrics = validate(engine, [batch], 1, batch, world, task.graph.manifest.meta["task"])
+    asking = tuple(
+        loss.model_copy(update={"sigma": "median"}) if isinstance(loss, LspLoss) else loss for loss in LOSSES
+    )
+    objective = build_objective(replace(task, losses=asking))
+    measure_medians(engine, objective, [batch], 1, batch, world)
+    return {"metrics": metrics, "sigmas": objective.student_sigma}
 
 
 def _sabotage(how: str, batch: Batch) -> None:

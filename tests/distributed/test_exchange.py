@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from gkd_dist.config import DistillConfig
+from gkd_dist.distill.checkpoint import committed_steps
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.trainer import Trainer, prepare_process
 from gkd_dist.storage import Storage
 from gkd_dist.world import World
 from tests.distributed.cases import Case, adamw, sgd, uneven_world
-from tests.distributed.exchanged import DEPTH, Step, whole_graph
+from tests.distributed.exchanged import DEPTH, Step, look, whole_batch, whole_graph
 from tests.distributed.groups import Ranks
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
@@ -101,6 +102,16 @@ def test_loss_and_gradients_are_those_of_the_whole_graph(ranks, store, tmp_path,
     assert not differences(found["grads"], grads)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_metrics_and_medians_are_those_of_the_whole_graph(ranks, store, tmp_path, world_size):
+    step = Step("looking", HEADS)
+    task = step.task(store.url)
+    expected = look(task, whole_batch(task), World())
+    found = measured(ranks, store, world_size, step, tmp_path)
+    assert found["metrics"] == expected["metrics"]
+    assert found["sigmas"] == pytest.approx(expected["sigmas"], rel=0.01)  # a bin of the histogram
+
+
 @pytest.mark.parametrize(
     ("how", "name"),
     [
@@ -160,3 +171,21 @@ def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage,
     for name, value in expected.items():
         error, size = float((found[name] - value).norm()), float(value.norm())
         assert error <= RELATIVE * max(size, 1e-2), f"{name}: {error:.2e} of {size:.2e}"
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(ranks, store, references, tmp_path):
+    """Five steps on three ranks at stage 2, five more on two at stage 3."""
+    case, out = CASES[0], str(tmp_path / "elastic")
+    half = replace(case, train=case.train | {"epochs": 5, "checkpoint_every": 5})
+    do(ranks, world_size=3, store=store.url, stage=2, case=asdict(half), out=out)
+    do(ranks, world_size=2, store=store.url, stage=3, case=asdict(case), out=out)
+    found, expected = torch.load(out, weights_only=True), reference(references, store, case)
+    for name, value in expected.items():
+        assert float((found[name] - value).norm()) <= RELATIVE * max(float(value.norm()), 1e-2), name
+    steps = [document["global_step"] for document in commits(store, "elastic")]
+    assert 5 in steps, "the second half did not start from a checkpoint"
+
+
+def commits(store: Storage, name: str) -> list[dict[str, Any]]:
+    folder = store.child(f"students/{name}")
+    return [folder.read_json(f"checkpoints/step-{step:08d}/COMMIT.json") for step in committed_steps(folder)]
