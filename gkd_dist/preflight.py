@@ -32,7 +32,7 @@ def check_launcher(config: Config) -> None:
     if world_size is None or "RANK" not in os.environ:
         raise ConfigError(
             f"distill.launcher is {distill.launcher}, but RANK and WORLD_SIZE are not set: it has not started this "
-            "process; use launch/torchrun.sh, or set distill.launcher=ray"
+            f"process; use launch/{distill.launcher}.sh, or set distill.launcher=ray"
         )
 
 

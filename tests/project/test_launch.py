@@ -86,6 +86,8 @@ def test_without_a_config_it_says_how_it_is_used(script: str) -> None:
         ("ray_job.sh", {}, "RAY_API_SERVER_ADDRESS is not set"),
         ("ray_job.sh", {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}, "nowhere.yaml is not a file here"),
         ("torchrun.sh", {"NNODES": "2"}, "NNODES=2 needs NODE_RANK and MASTER_ADDR"),
+        ("deepspeed.sh", {"HOSTFILE": "/nowhere"}, "HOSTFILE=/nowhere is not a file; write a line"),
+        ("deepspeed.sh", {"HOSTFILE": str(ROOT / "README.md")}, "HOSTFILE needs NODE_RANK and MASTER_ADDR"),
         ("slurm.sbatch", {}, "start this file with sbatch"),
     ],
 )
