@@ -51,6 +51,7 @@ class TrainState:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)  # projections of loss terms, no part of the model
     compiled: bool | None = None  # edge scores by the compiler or in chunks; None: not decided, or a format before 4
+    made_with: dict[str, str | int] = field(default_factory=dict)  # what bits depend on: ranks, threads, processor
 
 
 _GROUPS = ("model", "heads", "best", "optimizer")
@@ -79,6 +80,7 @@ def save_checkpoint(
         "data": f"state-{digest[:8]}.safetensors",
         "num_bytes": len(data),
         "sha256": digest,
+        "made_with": state.made_with,
         **{name: getattr(state, name) for name in _PLAIN},
     }
     storage.write(f"{folder}/{document['data']}", data)
@@ -137,7 +139,8 @@ def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:
     data = storage.read(f"{folder}/{commit['data'] if version > 2 else _UNNAMED}")
     if len(data) != commit["num_bytes"] or hashlib.sha256(data).hexdigest() != commit["sha256"]:
         raise DataError("size or digest differ from COMMIT.json")
-    state = TrainState(**{name: commit[name] for name in _PLAIN if version > 3 or name != "compiled"})
+    plain = {name: commit[name] for name in _PLAIN if version > 3 or name != "compiled"}
+    state = TrainState(**plain, made_with=dict(commit.get("made_with", {})))
     state.position = (int(commit["position"][0]), int(commit["position"][1]))
     for key, value in decode(data).items():
         group, _, name = key.partition("/")

@@ -184,17 +184,53 @@ class DeepSpeedEngine:
         if self._dtype != torch.float32:
             from deepspeed.utils import safe_get_full_fp32_param
 
+            masters = self._masters()
             for name, parameter in model.named_parameters():
-                master = safe_get_full_fp32_param(parameter)
+                master = masters[parameter] if masters else safe_get_full_fp32_param(parameter)
                 value = state[name] if master is None else master.detach().cpu().clone().view_as(state[name])
                 state[name] = value.float()
         return state
+
+    def load_masters(self, state: dict[str, Tensor]) -> None:
+        """Restores fp32 masters, which the engine has made of rounded weights; all ranks must call.
+
+        ``state`` names them as `StudentModule.named_trained` does. The rounded weights of a model that was built
+        from it fit them already.
+        """
+        if self._dtype == torch.float32:
+            return
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        masters = self._masters()
+        for name, parameter in self.module.named_trained():
+            value = state[name].to(parameter.device, torch.float32)
+            if masters:
+                masters[parameter].detach().copy_(value)
+            elif self._stage == 3:
+                size = safe_get_local_fp32_param(parameter).numel()
+                safe_set_local_fp32_param(parameter, self._own_part(value, size))
+            else:
+                safe_set_full_fp32_param(parameter, value)
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """fp32 masters by parameter at stage 0 with less precision; empty where ZeRO keeps them, or there are none."""
+        optimizer = self._engine.optimizer
+        if self._stage or self._plain():
+            return {}
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+
+    def _own_part(self, value: Tensor, size: int) -> Tensor:
+        """This rank's part of a whole value; ZeRO-3 pads it to a multiple of the ranks."""
+        padded = value.new_zeros(size * self._world.world_size)
+        padded[: value.numel()] = value.flatten()
+        return padded.split(size)[self._world.rank].clone()
 
     def _keys(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if isinstance(self._torch_optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
 
     def _plain(self) -> bool:
-        """True where the torch optimizer holds the state of the parameters themselves."""
+        """True where the torch optimizer updates the parameters themselves, without DeepSpeed between them."""
         return self._engine.optimizer is self._torch_optimizer
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -202,10 +238,11 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         out: dict[str, Tensor] = {}
+        masters = self._masters()
         for name, parameter in self.module.named_trained():
             for key in self._keys():
-                if self._plain():
-                    value = self._torch_optimizer.state.get(parameter, {}).get(key)
+                if self._stage == 0:
+                    value = self._torch_optimizer.state.get(masters.get(parameter, parameter), {}).get(key)
                 else:
                     value = safe_get_full_optimizer_state(parameter, key)
                 if value is not None:
@@ -224,7 +261,7 @@ class DeepSpeedEngine:
         if not state:
             return
         self._empty_step(empty)
-        if self._plain():
+        if self._stage == 0:
             self._fill_plain(state)
         else:
             self._fill_zero(state)
@@ -244,10 +281,12 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def _fill_plain(self, state: dict[str, Tensor]) -> None:
+        masters = self._masters()
         for name, parameter in self.module.named_trained():
+            held = self._torch_optimizer.state[masters.get(parameter, parameter)]
             for key in self._keys():
                 if f"{name}/{key}" in state:
-                    self._torch_optimizer.state[parameter][key] = state[f"{name}/{key}"].to(parameter.device, copy=True)
+                    held[key] = state[f"{name}/{key}"].to(parameter.device, copy=True)
 
     def _fill_zero(self, state: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -265,9 +304,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
 
         size = safe_get_local_optimizer_state(parameter, key).numel()
-        padded = value.new_zeros(size * self._world.world_size)
-        padded[: value.numel()] = value.flatten()
-        safe_set_local_optimizer_state(parameter, padded.split(size)[self._world.rank].clone(), key)
+        safe_set_local_optimizer_state(parameter, self._own_part(value, size), key)
 
     def close(self) -> None:
         """Removes DeepSpeed's hooks and buffers."""

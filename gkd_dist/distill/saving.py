@@ -15,7 +15,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
+
+import torch
 
 from gkd_dist import layout
 from gkd_dist.distill.checkpoint import TrainState, delete_uncommitted, save_checkpoint
@@ -55,6 +58,27 @@ class Claim:
                 f"process {os.getpid()} on {socket.gethostname()} no longer writes the checkpoints of "
                 f"{self._storage.url}, {other} does; nothing more is written here, let the other one finish"
             )
+
+
+def circumstances(num_ranks: int) -> dict[str, str | int]:
+    """What the last bits of a run depend on, beside its configuration."""
+    return {"ranks": num_ranks, "threads": torch.get_num_threads(), "processor": _processor()}
+
+
+def say_changes(before: dict[str, str | int], now: dict[str, str | int]) -> None:
+    """Says, where a run goes on under other circumstances, that it is the same up to rounding only."""
+    changed = [f"{name} {before[name]} to {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if changed:
+        log.warning("goes on with %s: the result is the same up to rounding, not bit for bit", ", ".join(changed))
+
+
+def _processor() -> str:
+    """Model of the processor; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 class CheckpointSaver:

@@ -71,5 +71,8 @@ class TorchEngine:
                 device = "cpu" if key == "step" else parameter.device
                 self._optimizer.state[parameter][key] = value.to(device, copy=True)
 
+    def load_masters(self, state: dict[str, Tensor]) -> None:
+        """Nothing: weights are fp32 here."""
+
     def close(self) -> None:
         """Nothing to release."""

@@ -33,7 +33,7 @@ from gkd_dist.distill.resident import (
     exchanges,
     shares_of,
 )
-from gkd_dist.distill.saving import CheckpointSaver, Claim
+from gkd_dist.distill.saving import CheckpointSaver, Claim, circumstances, say_changes
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
 from gkd_dist.distill.wishes import Agreed, Wishes
@@ -75,6 +75,7 @@ class TrainEngine(Engine, Protocol):
     def head_state(self) -> dict[str, Tensor]: ...
     def optimizer_state(self) -> dict[str, Tensor]: ...
     def load_optimizer_state(self, state: dict[str, Tensor], empty: Batch) -> None: ...
+    def load_masters(self, state: dict[str, Tensor]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -232,6 +233,10 @@ class Trainer:
         self.state = agree_on_checkpoint(task, world)
         self.resumed_from = self.state.global_step
         self.objective.compiled = self.state.compiled = self._choose_compiled()
+        now = circumstances(world.world_size)
+        if world.is_main:
+            say_changes(self.state.made_with, now)
+        self.state.made_with = now
         self.engine = self._start_engine(make_engine)
 
     def _choose_compiled(self) -> bool:
@@ -265,6 +270,8 @@ class Trainer:
         check_empty(student.model, empty, self.world.rank)
         engine = make_engine(student, self.micro_steps)
         engine.load_optimizer_state(self.state.optimizer, empty.to(self.world.device))
+        if self.state.model:  # after the optimizer's state, whose room a step has made
+            engine.load_masters(self.state.model | {f"heads.{name}": value for name, value in self.state.heads.items()})
         self.state.model, self.state.heads, self.state.optimizer = {}, {}, {}  # the engine has them now
         self.objective.student_sigma = self.state.sigmas
         return engine

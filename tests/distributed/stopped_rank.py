@@ -1,4 +1,7 @@
-"""One rank of a group whose rank 1 is late or never comes: ``python stopped_rank.py late|stopped``."""
+"""One rank of a group whose rank 1 is late or never comes: ``python stopped_rank.py late|stopped|asleep``.
+
+``asleep`` is late by more than the silence after which a rank counts as dead.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import time
 
 import torch
 
+from gkd_dist.distill.beacon import Beacon
 from gkd_dist.errors import StudentError
 from gkd_dist.world import World
 
@@ -16,18 +20,20 @@ from gkd_dist.world import World
 def main() -> None:
     """Rank 0 prints what it got, and after how long."""
     world = World.from_env()
-    world.connect(timeout_s=4)
-    world.barrier()
-    started = time.monotonic()
-    if world.rank == 1:
-        if sys.argv[1] == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(2)
-    try:
-        print(f"sum {float(world.sum(torch.ones(1)))}", end=" ")
-    except StudentError as error:
-        print(f"error {error}", end=" ")
-    print(f"after {time.monotonic() - started:.1f} s", flush=True)
+    world.connect(timeout_s=20 if sys.argv[1] == "asleep" else 4)
+    with Beacon(world, timeout_s=3 if sys.argv[1] == "asleep" else 20):
+        world.barrier()
+        started = time.monotonic()
+        world.place.doing, world.place.step = "counting", 7
+        if world.rank == 1:
+            if sys.argv[1] == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(5 if sys.argv[1] == "asleep" else 2)
+        try:
+            print(f"sum {float(world.sum(torch.ones(1)))}", end=" ")
+        except StudentError as error:
+            print(f"error {error}", end=" ")
+        print(f"after {time.monotonic() - started:.1f} s", flush=True)
     os._exit(0)  # the group is broken: its destructor would wait for the stopped rank
 
 

@@ -41,9 +41,16 @@ def test_a_late_rank_is_waited_for():
 
 def test_a_stopped_rank_ends_the_wait_with_a_sentence():
     output = run("stopped")
-    assert "error rank 0 of 2 waited in vain for its peers" in output
+    assert "error rank 0 of 2 waited in vain for its peers (counting, step 7): " in output
+    assert re.search(r"; rank 1: last seen .*\(process \d+ on .*\); look at the logs", output)
     assert "run the same command again" in output
     assert seconds(output) < 15
+
+
+def test_a_rank_that_sleeps_longer_than_a_dead_one_is_silent_is_waited_for():
+    output = run("asleep")
+    assert "sum 2.0" in output
+    assert 4.5 < seconds(output) < 9
 
 
 # --- training --------------------------------------------------------------------------------
@@ -79,7 +86,7 @@ def struck_at(victim: subprocess.Popen[str]) -> float:
 
 @pytest.mark.parametrize(
     ("world_size", "stage", "rank"),
-    [(2, 1, 1), pytest.param(2, 3, 0, marks=pytest.mark.slow), pytest.param(3, 2, 1, marks=pytest.mark.slow)],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 1, 1), (2, 3, 0), (3, 2, 1)]],
 )
 def test_a_killed_rank_ends_the_others_with_a_sentence(world, world_size, stage, rank):
     codes, outputs, after_s = strike(world, world_size, stage, "kill", rank)
@@ -106,7 +113,8 @@ def test_a_stopped_rank_ends_the_others_who_say_where_it_was(world, world_size, 
     assert re.search(rf"gives up rank {rank}, which has been silent for \d+ s: last seen \w+.* \(process \d+ on ", said)
 
 
-@pytest.mark.parametrize("delay_s", [11, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [11, 30])
 def test_a_late_rank_that_lives_is_waited_for(world, delay_s):
     """Longer than the silence that ends a run: it is asleep, but not silent."""
     assert delay_s > PEER_TIMEOUT_S + 2

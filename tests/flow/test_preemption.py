@@ -82,6 +82,7 @@ def untrained(job: Job, folder: Path) -> Job:
     return copy
 
 
+@pytest.mark.slow
 def test_under_torchrun_all_ranks_stop_after_the_same_step_whoever_was_told(tmp_path: Path, finished: Job) -> None:
     long = ("distill.num_workers=2", "distill.epochs=150", "student.alone=false")
     calm, job = untrained(finished, tmp_path / "calm"), untrained(finished, tmp_path / "stopped")
@@ -110,6 +111,7 @@ def has_trained(job: Job, steps: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_driver_of_ray_workers_waits_for_their_checkpoint(tmp_path: Path, finished: Job) -> None:
     job = untrained(finished, tmp_path)
     command = ("distill", str(job.config), *ON_RAY, "distill.epochs=400", "student.alone=false", RARELY)

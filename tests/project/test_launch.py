@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,44 @@ def test_the_token_is_never_printed() -> None:
     assert "token_hex" in text
     assert not re.search(r"(echo|printf|cat)[^\n]*token", text)
     assert "set -x" not in text
+
+
+# programs of Slurm, Ray and this package, as far as the script uses them
+_STAND_INS = {
+    "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "ray": '[ "$1" = stop ] && exit 0; while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
+    "scontrol": 'echo "scontrol $*"',
+    "scancel": 'echo "scancel $*"',
+    "gkd": 'trap \'echo "driver got SIGTERM"; exit 143\' TERM; echo "driver $*"; while :; do sleep 0.1; done',
+}
+
+
+def test_shortly_before_the_time_is_up_the_driver_is_asked_to_stop_and_the_job_goes_back_into_the_queue(
+    tmp_path: Path,
+) -> None:
+    for name, body in _STAND_INS.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    script = subprocess.Popen(
+        ["bash", ROOT / "launch" / "slurm.sbatch", "c.yaml", "a=b c"], env=env, stdout=subprocess.PIPE, text=True
+    )
+    assert script.stdout is not None
+    assert script.stdout.readline() == "driver run c.yaml a=b c ray.address=auto\n"
+    script.send_signal(signal.SIGUSR1)
+    out, _ = script.communicate(timeout=60)
+    assert out.splitlines() == [
+        "driver got SIGTERM",
+        "launch/slurm.sbatch: the driver ended with 143, srun with 143",
+        "launch/slurm.sbatch: the time is nearly up; back into the queue (restart 1 of at most 20)",
+        "scontrol requeue 7",
+    ]
+    assert script.returncode == 143
+    assert not list(tmp_path.glob(".gkd-slurm-*"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from gkd_dist.distill.checkpoint import TrainState, committed_steps, load_checkpoint
-from gkd_dist.distill.saving import WRITER, CheckpointSaver, Claim
+from gkd_dist.distill.saving import WRITER, CheckpointSaver, Claim, circumstances, say_changes
 from gkd_dist.errors import OwnershipError, StorageError
 from gkd_dist.storage import Storage
 
@@ -186,3 +187,19 @@ def test_the_best_weights_outlive_the_checkpoint_that_they_came_with(tmp_path):
     found = load_checkpoint(storage, "f")
     assert found is not None
     assert torch.equal(found.best["w"], best["w"])
+
+
+def test_other_circumstances_are_said_and_the_same_are_not(tmp_path, caplog):
+    storage = Storage.open(str(tmp_path))
+    saver = saver_of(storage)
+    saver.save(replace(state(1), made_with={**circumstances(2), "threads": 7}))
+    saver.wait()
+    found = load_checkpoint(storage, "f")
+    assert found is not None
+    say_changes(found.made_with, {**circumstances(2), "threads": 7})
+    say_changes({}, circumstances(2))  # of an earlier version
+    assert caplog.messages == []
+    say_changes(found.made_with, {**circumstances(3), "threads": 5})
+    assert caplog.messages == [
+        "goes on with ranks 2 to 3, threads 7 to 5: the result is the same up to rounding, not bit for bit"
+    ]
