@@ -17,13 +17,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-from gkd_dist import errors
 from gkd_dist.distill.beacon import end_process
 from gkd_dist.distill.checkpoint import committed_steps
 from gkd_dist.distill.job import TrainJob, run_job, watched
+from gkd_dist.distill.notes import Notes, Patience
 from gkd_dist.distill.relay import WarningReader, warnings_to_store
 from gkd_dist.distill.trainer import TrainTask, is_trained
 from gkd_dist.distill.watch import PROGRESS, TrainProgress, report_to_store
@@ -31,7 +31,7 @@ from gkd_dist.distill.wishes import Wishes, on_sigterm
 from gkd_dist.errors import (
     GkdError,
     InfrastructureError,
-    ObjectNotFoundError,
+    NonFiniteLossError,
     OwnershipError,
     StorageError,
     StudentError,
@@ -42,22 +42,8 @@ from gkd_dist.world import World
 
 log = logging.getLogger(__name__)
 _POLL_S = 1.0
-
-
-def _failure(job: TrainJob) -> str:
-    """Where workers leave what a restart cannot mend. Each driver has a place of its own, so that those of one that
-    has lost the run end nobody else's."""
-    return f"failure-{job.owner[:8] or 'any'}.json"
-
-
-def _stop(job: TrainJob) -> str:
-    """What the driver writes to end its workers after their step."""
-    return f"stop-{job.owner[:8] or 'any'}.json"
-
-
-def _trouble(job: TrainJob) -> str:
-    """What a worker says before it ends its own process, and with it, the group."""
-    return f"trouble-{job.owner[:8] or 'any'}.json"
+_POLLS_PER_SIGN = 10
+_SILENCE_S = 60.0
 
 
 def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) -> None:
@@ -66,9 +52,8 @@ def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) ->
     Raises the worker's own error where a restart cannot mend it, `StudentError` where
     ``max_failures`` restarts were not enough, `TerminatedError` after SIGTERM.
     """
-    folder, asked = job.tasks[0].output, threading.Event()
-    for key in (_failure(job), _stop(job), _trouble(job)):
-        _delete(folder, key)
+    notes, asked = _notes(job), threading.Event()
+    notes.clear()
     _bound_waits(job)
     scratch = tempfile.mkdtemp(prefix="gkd-ray-train-")
     try:
@@ -80,9 +65,8 @@ def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) ->
         raise _translate(error, job.config.max_failures) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        for key in (_stop(job), _trouble(job)):
-            _delete(folder, key)
-    _raise_failure(job)
+        notes.clear("stop", "trouble", "alive")
+    notes.raise_failure()
     missing = [task.name for task in job.tasks if not is_trained(task.output, task.fingerprint)]
     if missing and asked.is_set():
         raise _terminated(job, missing[0])
@@ -163,7 +147,7 @@ def _fit(job: TrainJob, scratch: str) -> None:
 
 def _bound_waits(job: TrainJob) -> None:
     """Ray Train passes these on to its controller and workers; by default it waits 10 minutes, or for ever."""
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{max(30.0, job.config.peer_timeout_s):g}")
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{max(60.0, job.config.peer_timeout_s):g}")
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", f"{job.config.collective_timeout_s:g}")
 
 
@@ -178,53 +162,59 @@ def _worker_env(job: TrainJob) -> dict[str, str]:
     return env
 
 
+def _notes(job: TrainJob) -> Notes:
+    return Notes(job.tasks[0].output, job.owner)
+
+
 def _worker(loop_config: dict[str, Any]) -> None:
     """Body of one worker: Ray Train has already formed the process group."""
     job: TrainJob = loop_config["job"]
-    folder = job.tasks[0].output
-    if folder.exists(_failure(job)):
+    notes = _notes(job)
+    if notes.has_failed():
         return  # a restart after an error that a restart cannot mend
     world, wishes = World.from_env(use_gpu=job.config.gpus_per_worker > 0), Wishes()
+
+    def give_up(sentence: str) -> None:
+        notes.leave_trouble(sentence)
+        end_process(sentence)  # Ray Train starts the group again
+
     try:
         with (
-            warnings_to_store(folder, world.rank),
-            watched(job, world, lambda sentence: _give_up(job, sentence)),
-            _listening(job, world, wishes),
+            warnings_to_store(job.tasks[0].output, world.rank),
+            watched(job, world, give_up),
+            _listening(notes, world, wishes),
         ):
             run_job(job, world, lambda task: report_to_store(task.output), wishes)
     except TerminatedError as end:
         log.info("%s", end)  # the driver has asked for it and looks for what was kept
     except InfrastructureError as error:
-        if isinstance(error, errors.NonFiniteLossError | OwnershipError):
-            _leave_failure(job, error)
+        if isinstance(error, NonFiniteLossError | OwnershipError):
+            notes.leave_failure(error)
         raise
     except GkdError as error:
-        _leave_failure(job, error)
+        notes.leave_failure(error)
         raise
-
-
-def _give_up(job: TrainJob, sentence: str) -> None:
-    """Ends this worker; Ray Train starts the group again."""
-    with suppress(StorageError):
-        job.tasks[0].output.write_json(_trouble(job), {"message": sentence})
-    end_process(sentence)
 
 
 @contextmanager
-def _listening(job: TrainJob, world: World, wishes: Wishes) -> Iterator[None]:
-    """Passes on what is asked of this rank from outside: the driver's request to stop, on rank 0, and the notice that
-    a node goes away, on each."""
-    ended, folder = threading.Event(), job.tasks[0].output
+def _listening(notes: Notes, world: World, wishes: Wishes) -> Iterator[None]:
+    """Passes on what is asked of this rank from outside: the notice that a node goes away, on each, and on rank 0 the
+    driver's request to stop. Rank 0 also tells the driver that it lives."""
+    ended = threading.Event()
 
     def listen() -> None:
-        noticed = False
+        noticed, count = False, 0
         while not ended.wait(_POLL_S):
             if not noticed and _is_preempted():
                 noticed = True
                 log.warning("a node of this worker group is going away: keeping a checkpoint")
                 wishes.ask_to_save()
-            if world.is_main and not wishes.stop and _is_there(folder, _stop(job)):
-                wishes.ask_to_stop()
+            if world.is_main:
+                if count % _POLLS_PER_SIGN == 0:
+                    notes.say_alive(count, str(world.place))
+                if not wishes.stop and notes.is_asked_to_stop():
+                    wishes.ask_to_stop()
+            count += 1
 
     thread = threading.Thread(target=listen, name="gkd-listen", daemon=True)
     thread.start()
@@ -246,28 +236,6 @@ def _is_preempted() -> bool:
         return get_train_context().preemption_context.preemption_info is not None
     except (ImportError, AttributeError, RuntimeError):
         return False
-
-
-def _is_there(folder: Storage, key: str) -> bool:
-    try:
-        return folder.exists(key)
-    except StorageError:
-        return False  # asked again in a second
-
-
-def _leave_failure(job: TrainJob, error: GkdError) -> None:
-    job.tasks[0].output.write_json(_failure(job), {"kind": type(error).__name__, "message": str(error)})
-
-
-def _raise_failure(job: TrainJob) -> None:
-    folder = job.tasks[0].output
-    try:
-        failure = folder.read_json(_failure(job))
-    except (ObjectNotFoundError, ValueError):
-        return
-    _delete(folder, _failure(job))
-    kind = getattr(errors, str(failure.get("kind")), StudentError)
-    raise kind(str(failure.get("message")))
 
 
 def _delete(folder: Storage, key: str) -> None:
@@ -294,15 +262,20 @@ def _last_line(error: BaseException) -> str:
 @contextmanager
 def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], asked: threading.Event) -> Iterator[None]:
     """Reads the workers' progress from the store while they train, and leaves the request to stop there."""
-    stop, warnings = threading.Event(), WarningReader(job.tasks[0].output, job.config.max_workers)
+    stop, notes, warnings = threading.Event(), _notes(job), WarningReader(job.tasks[0].output, job.config.max_workers)
+    patience = Patience(_SILENCE_S, time.monotonic())
 
     def follow() -> None:
         left = False
         while not stop.wait(_POLL_S):
             warnings.say()
             if asked.is_set() and not left:
-                left = _ask_to_stop(job)
-            _tell_trouble(job)
+                log.warning("SIGTERM: waiting up to %g s for a checkpoint of the workers", job.config.stop_timeout_s)
+                left = notes.ask_to_stop()
+            notes.tell_trouble()
+            sentence = patience.look(notes.sign(), time.monotonic(), _wanted(job))
+            if sentence is not None:
+                log.warning("%s", sentence)
             for task in job.tasks:
                 progress = _read_progress(task)
                 if progress is not None:
@@ -324,22 +297,13 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], aske
             _delete(task.output, PROGRESS)
 
 
-def _ask_to_stop(job: TrainJob) -> bool:
-    log.warning("SIGTERM: waiting up to %g s for a checkpoint of the workers", job.config.stop_timeout_s)
-    try:
-        job.tasks[0].output.write_json(_stop(job), {"at": time.time()})
-    except StorageError as error:
-        log.warning("cannot ask the workers to stop: %s", error)
-        return False
-    return True
-
-
-def _tell_trouble(job: TrainJob) -> None:
-    folder = job.tasks[0].output
-    with suppress(StorageError, ValueError):
-        if folder.exists(_trouble(job)):
-            log.warning("%s; the worker group is started again", folder.read_json(_trouble(job)).get("message"))
-            _delete(folder, _trouble(job))
+def _wanted(job: TrainJob) -> str:
+    """What Ray may be waiting for."""
+    config = job.config
+    each = f"{config.cpus_per_worker:g} CPUs" + (
+        f" and {config.gpus_per_worker} GPUs" if config.gpus_per_worker else ""
+    )
+    return f"room for {config.min_workers} workers with {each} each"
 
 
 def _read_progress(task: TrainTask) -> TrainProgress | None:
