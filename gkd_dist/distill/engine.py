@@ -226,6 +226,11 @@ class DeepSpeedEngine:
         padded[: value.numel()] = value.flatten()
         return padded.split(size)[self._world.rank].clone()
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state (moments, not weights) on this rank."""
+        tensors = [v for state in self._torch_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def _keys(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if isinstance(self._torch_optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
 

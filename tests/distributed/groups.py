@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -68,10 +69,15 @@ def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 
 
 
 class Ranks:
-    """Groups of ranks that stay from case to case, one for each world size; see ``ranks.py``."""
+    """Groups of ranks that stay from case to case, one for each world size; see ``ranks.py``.
+
+    ``extensions`` is an empty folder for what torch and DeepSpeed compile.
+    """
 
     def __init__(self) -> None:
+        self.extensions = tempfile.TemporaryDirectory()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env |= {"TORCH_EXTENSIONS_DIR": self.extensions.name}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.ranks"],
             cwd=ROOT,
@@ -98,3 +104,4 @@ class Ranks:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self.extensions.cleanup()

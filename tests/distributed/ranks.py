@@ -14,6 +14,7 @@ import traceback
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -87,6 +88,7 @@ def train(world: World, store: str, stage: int, case: dict[str, Any], out: str) 
     with _sabotaged(it.sabotage, world):
         running.run()
     state = running.engine.model_state() | prefixed(running.engine.optimizer_state())
+    Path(f"{out}.bytes-{world.rank}").write_text(str(running.engine.optimizer_bytes()))
     close()
     if world.is_main:
         torch.save(state, out)

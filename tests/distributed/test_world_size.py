@@ -8,7 +8,7 @@ taken away once, to see that the comparison would notice.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from tests.distributed.cases import (
     SIZES,
     ZERO_OPTIONS,
     Case,
+    adamw,
     is_meaningless,
     sabotaged,
     uneven_world,
@@ -125,6 +126,30 @@ def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage,
 def test_parameters_agree_with_every_option(ranks, store, references, tmp_path, world_size, stage, case):
     found = trained(ranks, store, world_size, stage, case, tmp_path)
     check(found, reference(references, store, case), case)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_state_of_the_optimizer(ranks, store, tmp_path, world_size, stage):
+    case = Case("table", adamw(epochs=2), {"node_embedding": 64})  # small parameters stay whole in stage 3
+    options = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    case = replace(case, train=case.train | {"deepspeed": options})
+    whole = of_each_rank(ranks, store, world_size, 0, case, tmp_path)
+    assert whole[0] > 2 * 4 * 64 * sum(SIZES)  # two moments in fp32
+    share = [size / whole[0] for size in of_each_rank(ranks, store, world_size, stage, case, tmp_path)]
+    assert max(share) == pytest.approx(1 / world_size, rel=0.02), "of what one rank has without ZeRO"
+
+
+def of_each_rank(ranks, store, world_size, stage, case, folder) -> list[int]:
+    trained(ranks, store, world_size, stage, case, folder)
+    files = [folder / f"w{world_size}-z{stage}-{case.name}-.bytes-{rank}" for rank in range(world_size)]
+    return [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_nothing_is_compiled(ranks, store, tmp_path, stage):
+    trained(ranks, store, 2, stage, CASES["sgd-layer-clipped"], tmp_path)
+    assert list(Path(ranks[0].extensions.name).iterdir()) == []
 
 
 def test_no_option_is_left_out() -> None:
