@@ -54,10 +54,12 @@ SERVERS = {"fast": [str(HERE / "object_server.py")], "moto": ["-c", _MOTO]}
 
 
 @contextmanager
-def serving(name: str) -> Iterator[str]:
+def serving(name: str, *options: str) -> Iterator[str]:
     """Endpoint of a server in a process of its own; the environment points to it."""
-    process = subprocess.Popen([sys.executable, *SERVERS[name]], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)  # fmt: skip
+    command = [sys.executable, *SERVERS[name], *options]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     try:

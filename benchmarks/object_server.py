@@ -1,6 +1,7 @@
 """An object server as fast as Python can be: the S3 requests that a benchmark needs, in memory, no checks.
 
     python benchmarks/object_server.py        # prints its port, ends when its standard input does
+    python benchmarks/object_server.py 0.02   # every answer takes 20 ms more, as if it were far away
 
 It stands for a store that is faster than its client: bodies are received into one buffer and sent
 from it without a copy.
@@ -13,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import time
 import uuid
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -93,6 +95,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(
         self, status: int, body: bytes | memoryview, headers: dict[str, str] | None = None, length: int | None = None
     ) -> None:
+        time.sleep(self.server.delay_s)
         self.send_response_only(status)
         for name, value in {"ETag": _ETAG, "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", **(headers or {})}.items():
             self.send_header(name, value)
@@ -110,14 +113,15 @@ class ObjectServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Silent: a client that leaves is no news."""
 
-    def __init__(self) -> None:
+    def __init__(self, delay_s: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.delay_s = delay_s
         self.objects: dict[str, bytes | bytearray] = {}
         self.uploads: dict[str, dict[int, bytearray]] = {}
 
 
 def main() -> None:
-    server = ObjectServer()
+    server = ObjectServer(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     sys.stdin.read()

@@ -21,6 +21,8 @@ from gkd_dist.models.io import ModelSpec, save_model
 from gkd_dist.partition.build import build_graph_store
 from gkd_dist.storage import Storage
 
+pytestmark = pytest.mark.timeout(300)
+
 PART_NODES, FEATURES, SLACK = 6_000, 128, 6 << 20
 
 
@@ -45,11 +47,22 @@ def peak(what: str, root: Path) -> int:
     return int(done.stdout.split()[-1])
 
 
-@pytest.mark.parametrize("what", ["infer", "stream"])
-def test_memory_follows_the_part(tmp_path, what):
-    peaks = {}
-    for num_parts in (6, 24):
-        make_store(tmp_path / str(num_parts), num_parts)
-        peaks[num_parts] = peak(what, tmp_path / str(num_parts))
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A graph of 6 parts, and one of 24."""
+    roots = {num_parts: tmp_path_factory.mktemp(f"parts-{num_parts}") for num_parts in (6, 24)}
+    for num_parts, root in roots.items():
+        make_store(root, num_parts)
+    return roots
+
+
+def test_the_measurement_sees_memory_that_follows_the_graph(stores):
+    peaks = {num_parts: peak("hoard", root) for num_parts, root in stores.items()}
+    assert peaks[24] - peaks[6] > 16 * PART_NODES * FEATURES * 4
+
+
+@pytest.mark.parametrize("what", ["infer", "stream", "train"])
+def test_memory_follows_the_part(stores, what):
+    peaks = {num_parts: peak(what, root) for num_parts, root in stores.items()}
     assert peaks[6] > PART_NODES * FEATURES * 4, "the probe must hold at least one part"
     assert peaks[24] <= 1.1 * peaks[6] + SLACK, peaks
