@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from bench_infer_memory import COMMUNITY, check_growth, make_graph, read_peak, reset_peak
+from bench_infer_memory import CLASSES, COMMUNITY, check_growth, make_graph, read_peak, reset_peak
 from environment import describe, save
 
 import gkd_dist.partition.build as build
@@ -125,12 +125,12 @@ def expected(root: Storage, kind: str, args: argparse.Namespace) -> dict[str, fl
     counts, size, extra = graph.manifest.parts[unit].counts, loader.size_of(unit), loader.extra_of(unit)
     nodes, edges = counts["num_owned"] + counts["num_halo"], counts["num_edges"]
     per_value, per_edge = WORK[kind]
-    work = per_value * 4 * nodes * args.hidden * (args.layers - 1) + per_edge * edges
+    work = per_value * nodes * args.hidden * (args.layers - 1) + 40 * counts["num_owned"] * CLASSES + per_edge * edges
     return {"unit": size, "extra": extra, "work": work, "expected": 2 * size + extra + work}
 
 
-# values kept of each hidden channel of a node, and bytes per edge, from forward to backward: docs/memory.md
-WORK = {"gcn": (8.0, 80.0), "sage": (8.0, 80.0), "gat": (10.0, 400.0)}
+# bytes per hidden channel of a node, and per edge, from forward to backward: docs/memory.md
+WORK = {"gcn": (22.0, 270.0), "sage": (22.0, 270.0), "gat": (22.0, 630.0)}
 
 
 def measure(kind: str, root: Storage, args: argparse.Namespace) -> dict[str, float]:
