@@ -13,8 +13,9 @@ Shapes: ``n`` nodes of the unit; ``t`` targets, ``e`` in-edges of theirs; ``n_l`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,28 +40,45 @@ class LayerGraphs:
     sizes: tuple[int, ...]
     graphs: tuple[LocalGraph, ...]
 
+    def with_noise(self, key: int) -> LayerGraphs:
+        """The same for one forward pass, whose random numbers are those of the nodes under ``key``."""
+        noise = NodeNoise(self.graphs[0].global_ids(), key)
+        return replace(self, graphs=tuple(graph.with_noise(noise) for graph in self.graphs))
+
     def spread(self, rows: Tensor, layer: int, num_nodes: int) -> Tensor:
         """Rows [n_l, d] of ``layer`` where they belong among all nodes of the unit, [n, d]; zeros elsewhere."""
         out = rows.new_zeros(num_nodes, rows.size(1))
         return out.index_copy(0, self.nodes[: self.sizes[layer]], rows)
 
 
-def edge_hashes(key: int, layer: int, target: Tensor, source: Tensor, copy: Tensor | None = None) -> Tensor:
-    """Hash of each edge from the global ids of its ends, int64 [e]; ``copy`` [e] numbers parallel edges from 0."""
-    hashes = splitmix64_(target.bitwise_xor(signed(splitmix64(splitmix64(key) + _PLACE + layer))))
-    hashes = splitmix64_(hashes.bitwise_xor_(source))
+def edge_hashes(
+    key: int, layer: int, ids: Tensor, target: Tensor, source: Tensor, copy: Tensor | None = None
+) -> Tensor:
+    """Hash of each edge from the global ids of its ends, int64 [e].
+
+    ``ids`` [n] of the local nodes that ``target`` and ``source`` [e] name; ``copy`` [e] numbers parallel edges from 0.
+    """
+    of_nodes = splitmix64_(ids.bitwise_xor(signed(splitmix64(splitmix64(key) + _PLACE + layer))))
+    hashes = splitmix64_(of_nodes[target].bitwise_xor_(ids[source]))
     # The first of parallel edges has the hash of a single one: nothing depends on what else a part holds.
     return hashes if copy is None else torch.where(copy > 0, splitmix64_(hashes ^ copy), hashes)
 
 
 def keep_smallest(counts: Tensor, hashes: Tensor, k: int) -> Tensor:
     """Which of the edges of each target are its ``k`` smallest: ``counts`` [t], ``hashes`` [e] to bool [e]."""
-    rows = row_index(indptr_from_counts(counts))
-    starts = indptr_from_counts(counts)[:-1]
-    order = torch.argsort((rows << 32) | ((hashes >> 32) & 0xFFFFFFFF), stable=True)
+    indptr = indptr_from_counts(counts)
+    rows = row_index(indptr)
+    order = _order((rows << 32) | ((hashes >> 32) & 0xFFFFFFFF))
     kept = torch.empty_like(rows, dtype=torch.bool)
-    kept[order] = torch.arange(rows.numel(), device=rows.device) - starts[rows] < k
+    kept[order] = torch.arange(rows.numel(), device=rows.device) - indptr[rows] < k
     return kept
+
+
+def _order(keys: Tensor) -> Tensor:
+    """Places of ``keys`` by value, equal ones in their order; numpy's merge sort gains from keys that are in groups."""
+    if keys.is_cuda:
+        return torch.argsort(keys, stable=True)
+    return torch.from_numpy(np.argsort(keys.numpy(), kind="stable"))
 
 
 def copies(rows: Tensor, source: Tensor) -> Tensor | None:
@@ -86,9 +104,14 @@ def sample_in_edges(graph: LocalGraph, targets: Tensor, k: int, key: int, layer:
     )
     if k == ALL or not counts.numel() or int(counts.max()) <= k:
         return positions, counts
-    ids, rows, source = graph.global_ids(), row_index(indptr), graph.pattern.indices[positions]
-    hashes = edge_hashes(key, layer, ids[targets][rows], ids[source], copies(rows, source))
+    target, source = torch.repeat_interleave(targets, counts), graph.pattern.indices[positions]
+    parallel = copies(target, source) if _has_parallel_edges(graph) else None
+    hashes = edge_hashes(key, layer, graph.global_ids(), target, source, parallel)
     return positions[keep_smallest(counts, hashes, k)], counts.clamp_max(k)
+
+
+def _has_parallel_edges(graph: LocalGraph) -> bool:
+    return graph.derived("parallel", lambda: copies(graph.pattern.rows(), graph.pattern.indices) is not None)
 
 
 def sample_layers(
@@ -116,15 +139,12 @@ def sample_layers(
         reached.add(torch.cat([graph.pattern.indices[edges[-1][0]], wanted.get(layer - 1, owned[:0])]))
         sizes.append(reached.count)
     sizes.reverse()
-    nodes, place, noise = reached.nodes, reached.places(), None
-    if graph.noise is not None:
-        noise = NodeNoise(graph.global_ids()[nodes], graph.noise.key)
-    graphs = []
-    for layer, (positions, counts) in enumerate(reversed(edges), start=1):
-        inner = _layer_graph(graph, nodes[: sizes[layer - 1]], place, positions, counts, rows_alone)
-        inner.noise = noise
-        graphs.append(inner)
-    return LayerGraphs(nodes, tuple(sizes), tuple(graphs))
+    nodes, place = reached.nodes, reached.places()
+    graphs = tuple(
+        _layer_graph(graph, nodes[: sizes[layer]], place, positions, counts, rows_alone)
+        for layer, (positions, counts) in enumerate(reversed(edges))
+    )
+    return LayerGraphs(nodes, tuple(sizes), graphs)
 
 
 def _layer_graph(
@@ -184,11 +204,19 @@ class Sampler:
     fan_out: tuple[int, ...]
     rows_alone: bool
 
-    def sample(self, batch: Batch, wanted: Mapping[int, Tensor]) -> Batch:
-        """``batch`` with the layers that its forward pass computes; it has the noise of the step already."""
-        graph = batch.graph
+    def sample(self, batch: Batch, wanted: Mapping[int, Tensor], *, draws: bool = True) -> Batch:
+        """``batch`` with the layers that its forward pass computes; it has the noise of the step already.
+
+        ``draws``: ``wanted`` differs from step to step. Where nothing does, the layers are found once and kept.
+        """
+        graph, noise = batch.graph, batch.graph.noise
         if batch.num_owned == 0:
             return batch  # every layer runs on nothing
-        assert graph.noise is not None
-        layers = sample_layers(graph, self.fan_out, graph.noise.key, wanted, rows_alone=self.rows_alone)
-        return batch.with_layers(layers)
+        assert noise is not None, "sampling belongs to a step"
+
+        def find() -> LayerGraphs:
+            return sample_layers(graph, self.fan_out, noise.key, wanted, rows_alone=self.rows_alone)
+
+        fixed = not draws and all(k == ALL for k in self.fan_out)
+        layers = graph.derived(f"reached {sorted(wanted)} {self.rows_alone}", find) if fixed else find()
+        return batch.with_layers(layers.with_noise(noise.key))

@@ -110,7 +110,7 @@ def train_step(
         last = index == len(batches) - 1
         world.place.unit = batch.unit
         with seeded(world.device, seed, step, batch.unit):
-            sampled = batch if sampler is None else sampler.sample(batch, objective.nodes(batch))
+            sampled = batch if sampler is None else sampler.sample(batch, objective.nodes(batch), draws=objective.draws)
             logits, layers = engine.forward(sampled, objective.outputs)
         sums = objective.sums(batch, logits, layers, epoch)
         totals[0] += sums.detach().double().cpu()

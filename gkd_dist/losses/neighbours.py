@@ -69,8 +69,8 @@ class Neighbours:
         They are among those that layer ``layer`` of a sampled forward pass looks at, where it takes ``k`` or more.
         """
         assert graph.noise is not None, "sampling belongs to a step"
-        ids, source = graph.global_ids(), self.pattern.indices
-        hashes = edge_hashes(graph.noise.key, layer, ids[self.rows], ids[source], copies(self.rows, source))
+        source = self.pattern.indices
+        hashes = edge_hashes(graph.noise.key, layer, graph.global_ids(), self.rows, source, copies(self.rows, source))
         keep = keep_smallest(self.pattern.indptr[1:] - self.pattern.indptr[:-1], hashes, k)
         return Neighbours(self.pattern.select(keep), self.rows[keep], self.picked[keep], self.num_nodes)
 

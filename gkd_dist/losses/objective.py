@@ -83,6 +83,11 @@ class Objective:
     def _lsp(self) -> list[LspTerm]:
         return [term for term in self._terms if isinstance(term, LspTerm)]
 
+    @property
+    def draws(self) -> bool:
+        """Whether a term looks at other nodes in every step."""
+        return any(term.fan_out is not None for term in self._lsp)
+
     def nodes(self, batch: Batch) -> dict[int, Tensor]:
         """Local numbers of the nodes whose output of a layer is read beside the owned ones, by layer."""
         found: dict[int, Tensor] = {}

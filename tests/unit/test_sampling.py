@@ -45,7 +45,7 @@ def model_of(kind: str, **options: object) -> nn.Module:
 
 
 def sampled(graph: LocalGraph, layers: LayerGraphs) -> LocalGraph:
-    return replace(graph, layers=layers)
+    return replace(graph, layers=layers if graph.noise is None else layers.with_noise(graph.noise.key))
 
 
 def noisy(tiny: TinyGraph, num_owned: int | None = None) -> LocalGraph:

@@ -18,7 +18,7 @@ from gkd_dist.fingerprints import student_fingerprint
 from gkd_dist.graph import Batch
 from gkd_dist.models.build import build_model
 from gkd_dist.models.trainable import sampler_for
-from gkd_dist.sampling import ALL
+from gkd_dist.sampling import ALL, Sampler
 from gkd_dist.stream.units import UnitLoader
 from gkd_dist.world import World
 from tests.training import make_task, small_world
@@ -96,6 +96,20 @@ def test_fewer_nodes_are_computed_and_others_in_every_step(storage) -> None:
     assert not torch.equal(layers.nodes, others.nodes)
     full = one_step(task_of(storage, "few", (1, 1), None), [(0,)])[0].batches[0].graph.layers
     assert full.sizes[1] > layers.sizes[1], "a loss that reads all neighbours needs their rows"
+
+
+def test_with_all_neighbours_the_layers_are_found_once(storage) -> None:
+    task = task_of(storage, "kept", (ALL, ALL), dropout=0.3)
+    loader = UnitLoader(task.graph, task.knowledge, [(0,)], teacher_wants(task.losses, 2))
+    batch, sampler, seen = loader.load(0), Sampler((ALL, ALL), True), []
+    for key, draws in ((1, False), (2, False), (2, True)):
+        noisy = batch.with_noise(key)
+        seen.append(sampler.sample(noisy, build_objective(task).nodes(noisy), draws=draws).graph.layers)
+    assert seen[0].nodes is seen[1].nodes
+    assert seen[2].nodes is not seen[1].nodes
+    assert [layers.graphs[0].noise.key for layers in seen] == [1, 2, 2]
+    assert build_objective(task).draws is False
+    assert build_objective(task_of(storage, "kept", None, 3)).draws is True
 
 
 def trained(task: TrainTask) -> Trainer:
