@@ -31,10 +31,28 @@ if [ "$NNODES" -eq 1 ]; then
     gkd infer "$@"
 fi
 
+# torchrun ends with 1 whatever its ranks end with: theirs says whether the same command can help (see README.md). A rank
+# that was killed (a negative code) is a matter of machines. The root cause is the last one in its report.
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+failed=0
 torchrun \
     --nnodes "$NNODES" --nproc-per-node "$NPROC" --node-rank "${NODE_RANK:-0}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-    -m gkd_dist distill "$@" distill.launcher=torchrun "distill.num_workers=$((NNODES * NPROC))"
+    -m gkd_dist distill "$@" distill.launcher=torchrun "distill.num_workers=$((NNODES * NPROC))" \
+    2> >(tee "$report" >&2) || failed=$?
+if [ "$failed" -ne 0 ]; then
+    sleep 0.2 # until tee has written the end
+    cause=$(sed -n 's/^ *exitcode *: *\(-\{0,1\}[0-9]*\).*/\1/p' "$report" | tail -n 1)
+    if grep -q 'SignalException.* got signal: 15' "$report"; then
+        cause=143
+    elif [ -z "$cause" ]; then
+        cause=$failed
+    elif [ "$cause" -lt 0 ]; then
+        cause=4
+    fi
+    exit "$cause"
+fi
 
 if [ "$NNODES" -eq 1 ]; then
     gkd evaluate "$@"

@@ -80,6 +80,7 @@ def disturb(job: Job, command: tuple[str, ...], kills: list[Kill]) -> list[str]:
                     victim.kill()
                 left.pop(0)
                 journal.append(f"{kill} at step {watched.newest()}")
+                print(journal[-1], flush=True)
                 if kill.victim == "driver":
                     process.wait(60)
                     ours = [one for one in family if one.is_running() and one.name() not in _DEAF]

@@ -116,6 +116,46 @@ _STAND_INS = {
 }
 
 
+# what torchrun says at the end, as far as the script reads it
+_REPORT = """Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 16857)  (SIGTERM)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 16858)
+"""
+
+
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        (_REPORT.format(code=4), 4),
+        (_REPORT.format(code=3), 3),
+        (_REPORT.format(code=143), 143),
+        (_REPORT.format(code=-9), 4),  # killed
+        ("torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 15", 143),
+        ("no such file", 1),
+    ],
+)
+def test_torchrun_ends_with_the_exit_code_of_the_rank_that_was_first(tmp_path: Path, report: str, code: int) -> None:
+    (tmp_path / "report").write_text(report)
+    for name, body in {"torchrun": f"cat {tmp_path}/report >&2; exit 1", "gkd": "true"}.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/bash\n{body}\n")
+        program.chmod(0o755)
+    script = tmp_path / "launch" / "torchrun.sh"  # its .venv, which it would prefer, is not there
+    script.parent.mkdir()
+    script.write_text((ROOT / "launch" / "torchrun.sh").read_text())
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script, "c.yaml"], env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert report.strip() in done.stderr
+
+
 def test_shortly_before_the_time_is_up_the_driver_is_asked_to_stop_and_the_job_goes_back_into_the_queue(
     tmp_path: Path,
 ) -> None:
