@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,24 @@ def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def copy_bytes_per_s(device: Any, num_bytes: int = 1 << 28, repeats: int = 5) -> float:
+    """Speed of a plain copy in memory, reads and writes counted, best of some: what a kernel can hope for."""
+    import torch
+
+    source = torch.zeros(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(repeats + 1):
+        if source.is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * num_bytes / best
 
 
 def save(name: str, result: dict[str, Any]) -> None:

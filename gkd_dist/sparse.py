@@ -151,7 +151,7 @@ class _Spmm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_values = sddmm(pattern, grad, dense).to(values.dtype)
         if ctx.needs_input_grad[2]:
-            grad_dense = _product(pattern.t_indptr, pattern.t_indices, values[pattern.t_perm], grad)
+            grad_dense = _product(pattern.t_indptr, pattern.t_indices, values.index_select(0, pattern.t_perm), grad)
         return None, grad_values, grad_dense
 
 
@@ -238,16 +238,17 @@ class _SegmentLogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor, indptr: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        shifted = values - segment_max(values, indptr)[rows]
+        # index_select: the same as indexing, several times faster.
+        shifted = values - segment_max(values, indptr).index_select(0, rows)
         log_sum = segment_sum(shifted.exp(), indptr).clamp_min(torch.finfo(values.dtype).tiny).log()
-        out = shifted - log_sum[rows]
+        out = shifted - log_sum.index_select(0, rows)
         ctx.save_for_backward(out, indptr, rows)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         out, indptr, rows = ctx.saved_tensors
-        return grad - out.exp() * segment_sum(grad.contiguous(), indptr)[rows], None, None
+        return grad - out.exp() * segment_sum(grad.contiguous(), indptr).index_select(0, rows), None, None
 
 
 def segment_log_softmax(values: Tensor, indptr: Tensor, rows: Tensor | None = None) -> Tensor:

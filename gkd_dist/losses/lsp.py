@@ -121,7 +121,7 @@ def _picked(scores: Tensor, neighbours: Neighbours, num_edges: int | None) -> Te
             f"teacher_scores must have one score per edge of edge_index (got {list(scores.shape)} "
             f"for {neighbours.num_edges if num_edges is None else num_edges} edges)"
         )
-    return scores[neighbours.picked]
+    return scores.index_select(0, neighbours.picked)
 
 
 def _check(direction: str, reduction: str, teacher_z: Tensor | None, teacher_scores: Tensor | None) -> None:

@@ -216,7 +216,7 @@ class LspTerm:
             )
         neighbours = self.neighbours(batch)
         student = self._student_scores(layers, neighbours)
-        teacher = self._teacher_scores(batch)[neighbours.picked]
+        teacher = self._teacher_scores(batch).index_select(0, neighbours.picked)
         return lsp_sum(
             self.kernel.logits(student, self.student_sigma),
             self.kernel.logits(teacher, self.teacher_sigma),

@@ -56,7 +56,8 @@ def test_models_give_the_same_outputs_and_gradients(kind):
 
 @pytest.mark.parametrize("kernel", ["rbf", "linear", "laplacian", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lsp(kernel, dtype):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lsp(kernel, dtype, compiled):
     torch.manual_seed(0)
     edges = random_graph().edge_index
     student, teacher = torch.randn(500, 8), torch.randn(500, 12)
@@ -65,7 +66,7 @@ def test_lsp(kernel, dtype):
     expected = lsp_loss(z, edges, teacher_z=teacher, **options)
     expected.backward()
     on_device = student.to(CUDA, dtype).requires_grad_()
-    found = lsp_loss(on_device, edges.to(CUDA), teacher_z=teacher.to(CUDA), **options)
+    found = lsp_loss(on_device, edges.to(CUDA), teacher_z=teacher.to(CUDA), compiled=compiled, **options)
     found.backward()
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.cpu().float(), expected.detach(), rtol=tolerance, atol=1e-6)

@@ -43,6 +43,14 @@ def test_with_a_compiler_there_is_no_problem() -> None:
     assert compiler_problem() is None
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_ends_that_do_not_exist_are_found_before_the_loop(wrong: int) -> None:
+    good, bad = torch.tensor([0, 1, 3]), torch.tensor([0, wrong, 2])
+    for rows, cols in ((good, bad), (bad, good)):
+        with pytest.raises(IndexError, match=f"row {wrong} of 4"):
+            fused_scores(torch.zeros(4, 3), rows, cols, "dot")
+
+
 def test_sizes_that_a_compiler_would_take_for_constants_stay_out() -> None:
     for num_nodes, num_edges, width in ((1, 5, 3), (5, 1, 3), (5, 5, 1), (0, 0, 3)):
         ends = torch.zeros(num_edges, dtype=torch.int64)
