@@ -108,6 +108,7 @@ def config_of(args: argparse.Namespace) -> DistillConfig:
         prefetch_bytes=1,
         resident_bytes=0,
         checkpoint_every=1_000_000,
+        compile=False,  # the compiler's own memory, once per process, is not what is asked for here
     )
 
 
@@ -130,7 +131,7 @@ def expected(root: Storage, kind: str, args: argparse.Namespace) -> dict[str, fl
 
 
 # bytes per hidden channel of a node, and per edge, from forward to backward: docs/memory.md
-WORK = {"gcn": (22.0, 270.0), "sage": (22.0, 270.0), "gat": (22.0, 630.0)}
+WORK = {"gcn": (34.0, 270.0), "sage": (34.0, 270.0), "gat": (34.0, 630.0)}
 
 
 def measure(kind: str, root: Storage, args: argparse.Namespace) -> dict[str, float]:

@@ -362,6 +362,7 @@ class Trainer:
         self.state.position = (following.epoch, following.step)
         elapsed = time.perf_counter() - started
         self._tell_step(report, batches, elapsed, stream.wait_s - waited, lr)
+        del batches  # an evaluation reads units of its own
         if following.step == 0 and self._evaluates(epoch):
             self._evaluate(stream, epoch)
         self._keep(report.agreed)
