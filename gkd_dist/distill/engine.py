@@ -51,7 +51,7 @@ def deepspeed_config(config: DistillConfig, micro_steps: int) -> dict[str, Any]:
     zero = {
         "stage": config.zero_stage,
         "overlap_comm": False,
-        "contiguous_gradients": True,
+        "contiguous_gradients": config.gpus_per_worker > 0,  # a copy against a fragmentation that only GPUs have
         "reduce_bucket_size": _BUCKET_VALUES,
         "allgather_bucket_size": _BUCKET_VALUES,
     }

@@ -76,7 +76,11 @@ def seeded(device: torch.device, *counters: int) -> Iterator[None]:
     """Random numbers inside depend on ``counters`` alone, not on the process or on what ran before."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(hash_of(*counters))
+        # not torch.manual_seed: without CUDA it formats the call stack each time, which takes longer than a small layer
+        torch.default_generator.manual_seed(hash_of(*counters))
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(hash_of(*counters))
         yield
 
 

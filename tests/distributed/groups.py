@@ -88,7 +88,7 @@ class Ranks:
             start_new_session=True,
         )
 
-    def do(self, timeout_s: float = 60, **request: object) -> str:
+    def do(self, timeout_s: float = 180, **request: object) -> str:
         """Has every rank of ``world_size`` do the request; returns what went wrong, or an empty string."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -38,6 +38,7 @@ from tests.distributed.cases import (
 from tests.distributed.groups import Ranks
 from tests.distributed.ranks import prefixed
 
+pytestmark = pytest.mark.timeout(240)
 TOLERANCE = 1e-5
 _LR_STEPS = 1e-2  # lr times steps: how far Adam can carry a parameter whose gradient is rounding
 
@@ -144,6 +145,18 @@ def of_each_rank(ranks, store, world_size, stage, case, folder) -> list[int]:
     trained(ranks, store, world_size, stage, case, folder)
     files = [folder / f"w{world_size}-z{stage}-{case.name}-.bytes-{rank}" for rank in range(world_size)]
     return [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_is_close(ranks, store, references, tmp_path, stage):
+    exact = CASES["sgd-layer-clipped"]
+    found = trained(ranks, store, 2, stage, Case("bf16", exact.train | {"precision": "bf16"}, exact.model), tmp_path)
+    expected = reference(references, store, exact)
+    names = [name for name in expected if not name.startswith("optimizer/")]
+    assert all(found[name].dtype == torch.float32 for name in names)
+    flat = [torch.cat([state[name].flatten() for name in names]) for state in (found, expected)]
+    error = float((flat[0] - flat[1]).norm() / flat[1].norm())
+    assert 1e-5 < error < 1e-2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
