@@ -16,7 +16,7 @@ Shapes: ``n`` nodes, ``m`` edges of a pattern (row i = target, column j = source
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -73,17 +73,30 @@ def pattern_scores(
     rows = pattern.rows() if rows is None else rows
     with torch.autocast(z.device.type, enabled=False):
         if metric == "cosine":
-            z, metric = _directions(z), "dot"
+            z, metric = cast(Tensor, _Directions.apply(at_least_fp32(z))), "dot"
         scores: Tensor = _FUNCTIONS[metric].apply(z.contiguous(), pattern, rows, compiled)
     return scores
 
 
-def _directions(z: Tensor) -> Tensor:
-    """Rows scaled to length 1; rows of length 0 stay 0 and get no gradient."""
-    z = at_least_fp32(z)
-    length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    has_direction = length > _SHORTEST_ROW
-    return torch.where(has_direction, z / torch.where(has_direction, length, 1.0), 0.0)
+class _Directions(torch.autograd.Function):
+    """Rows scaled to length 1; rows of length 0 become 0 and get no gradient. Few [n, d] tensors on the way."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        has_direction = length > _SHORTEST_ROW
+        # Divided, not multiplied by a reciprocal: a short row's reciprocal may overflow.
+        out = z / torch.where(has_direction, length, 1.0)
+        out.masked_fill_(~has_direction, 0.0)
+        ctx.save_for_backward(out, torch.where(has_direction, length, float("inf")))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        out, length = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, out).unsqueeze(1)
+        return torch.addcmul(grad, out, along, value=-1).div_(length)
 
 
 def _compared(z: Tensor, rows: Tensor, cols: Tensor, form: str) -> Tensor:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,3 +213,33 @@ def test_the_memory_check_can_fail() -> None:
     largest, kept = footprint(lambda z, edges: gathered(z, edges, "sqeuclidean"))
     assert largest >= NUM_EDGES * WIDTH
     assert kept >= NUM_EDGES * WIDTH
+
+
+def test_peak_memory_of_forward_and_backward_in_a_process_of_its_own() -> None:
+    """The structures of the backward pass are part of it; gathering shows that the measurement sees [E, d]."""
+    probe = Path(__file__).with_name("memory_probe.py")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(probe)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=110)
+    shares = json.loads(done.stdout)
+    assert shares.pop("gather") > 1
+    assert shares.keys() == set(METRICS)
+    assert max(shares.values()) < 0.25, shares
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_same_bits_again_and_with_other_threads(metric: str) -> None:
+    z64, edge_index = random_case(300, 9000, 24, seed=8)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            z = z64.float().requires_grad_()
+            scores = edge_scores(z, edge_index, metric)
+            (scores * torch.linspace(-1, 2, 9000)).sum().backward()
+            found.append((scores.detach(), z.grad))
+    finally:
+        torch.set_num_threads(before)
+    for scores, grad in found[1:]:
+        assert torch.equal(scores, found[0][0])
+        assert torch.equal(grad, found[0][1])
