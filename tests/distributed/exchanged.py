@@ -15,7 +15,7 @@ from gkd_dist.distill.torch_engine import TorchEngine
 from gkd_dist.distill.trainer import TrainTask, build_objective, teacher_wants
 from gkd_dist.distill.validation import measure_medians, validate
 from gkd_dist.graph import Batch
-from gkd_dist.models.build import build_model
+from gkd_dist.models.build import build_model, resolve_model
 from gkd_dist.storage import Storage
 from gkd_dist.stream.units import UnitLoader
 from gkd_dist.world import World
@@ -54,7 +54,8 @@ class AveragingEngine(TorchEngine):
 
     def __init__(self, task: TrainTask, world: World) -> None:
         torch.manual_seed(1)
-        model = build_model(task.model, task.graph.num_features, int(task.graph.manifest.meta["num_classes"]))
+        meta = task.graph.manifest.meta
+        model = build_model(resolve_model(task.model, meta), task.graph.num_features, int(meta["num_classes"]))
         super().__init__(model, task.train, world.device)
         self.world, self.grads = world, dict[str, Tensor]()
 

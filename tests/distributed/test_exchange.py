@@ -40,6 +40,7 @@ STEPS = [
     Step("plain", {"kind": "gcn", "norm": "none", **STILL}),
     Step("residual", {"kind": "sage", "residual": True}),
     Step("batch-norm", {"kind": "gcn", "norm": "batch"}),
+    Step("embedded", {"kind": "gcn", "node_embedding": 4}),
     Step("recomputed", HEADS, recompute=True),
     Step("recomputed-batch-norm", {"kind": "gcn", "norm": "batch"}, recompute=True),
     # Convolutions that are given rows for halo nodes as well, and logits from the outputs of all layers.
@@ -160,7 +161,9 @@ def reference(references: dict[str, dict[str, Tensor]], store: Storage, case: Ca
     return references[case.name]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage, case):
@@ -171,6 +174,16 @@ def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage,
     for name, value in expected.items():
         error, size = float((found[name] - value).norm()), float(value.norm())
         assert error <= RELATIVE * max(size, 1e-2), f"{name}: {error:.2e} of {size:.2e}"
+
+
+def test_low_precision_is_exchanged_as_it_is(ranks, store, references, tmp_path):
+    """bf16 activations and gradients; the reference is in fp32."""
+    case = replace(CASES[0], train=CASES[0].train | {"precision": "bf16"})
+    out = str(tmp_path / "low")
+    do(ranks, world_size=3, store=store.url, stage=1, case=asdict(case), out=out)
+    found, expected = torch.load(out, weights_only=True), reference(references, store, CASES[0])
+    flat = [torch.cat([state[name].flatten() for name in expected]) for state in (found, expected)]
+    assert 0 < float((flat[0] - flat[1]).norm() / flat[1].norm()) < 0.02
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(ranks, store, references, tmp_path):

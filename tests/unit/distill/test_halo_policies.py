@@ -98,7 +98,9 @@ def error(task: TrainTask, batches: list[Batch], expected: Batch) -> float:
     return max(0.0 if difference <= 1e-7 else difference / size for difference, size in errors)
 
 
-@pytest.mark.parametrize("kind", ["gcn", "sage", "gat", "gin"])
+@pytest.mark.parametrize(
+    "kind", ["gcn", "gat", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sage", "gin"))]
+)
 @pytest.mark.parametrize("term", TERMS)
 def test_as_many_hops_as_auto_says_are_enough(stores, term, kind):
     losses = TERMS[term]
