@@ -51,7 +51,9 @@ def what_is_approximate(config: Config, graph: GraphStore, known: Sequence[Known
     chosen = sorted(random.Random(0).sample(units, min(_MAX_UNITS, len(units))))
     nodes, terms = _measure(config, graph, known, chosen)
     where = "" if len(chosen) == len(units) else f", measured in {len(chosen)} of {len(units)} units"
-    losses = "".join(f"; loss {name}: {share:.1%} of the teacher's local structure is" for name, share in terms)
+    losses = "".join(
+        f"; loss {name}: {share:.1%} of the teacher's local structure meets such outputs" for name, share in terms
+    )
     return (
         f"partition.halo_hops is {stored}, exact training needs {needed}: outputs of {nodes:.1%} of the nodes are "
         f"approximate{losses}{where}; set partition.halo_hops=auto or distill.halo=exchange for exact training"

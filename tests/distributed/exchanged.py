@@ -35,11 +35,12 @@ LOSSES: tuple[Loss, ...] = (LabelLoss(kind="label"), KdLoss(kind="kd"), structur
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a student; ``sabotage`` names what is taken away."""
+    """One step of a student, and what it ``looks`` like without one; ``sabotage`` names what is taken away."""
 
     name: str
     model: dict[str, Any] = field(default_factory=dict)
     recompute: bool = False
+    looks: bool = False
     sabotage: str = ""
 
     def task(self, store: str) -> TrainTask:
@@ -95,7 +96,7 @@ def measure(world: World, store: str, step: dict[str, Any], out: str) -> None:
     batch = load_share(loader, world)
     _sabotage(it.sabotage, batch)
     report, grads = one_step(task, [batch], world)
-    looked = look(task, batch, world)
+    looked = look(task, batch, world) if it.looks else {}
     if world.is_main:
         torch.save({"means": report.means, "grads": grads, **looked}, out)
 

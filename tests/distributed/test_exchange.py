@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_those_of_the_whole_graph(ranks, store, tmp_path,
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_metrics_and_medians_are_those_of_the_whole_graph(ranks, store, tmp_path, world_size):
-    step = Step("looking", HEADS)
+    step = Step("looking", HEADS, looks=True)
     task = step.task(store.url)
     expected = look(task, whole_batch(task), World())
     found = measured(ranks, store, world_size, step, tmp_path)
