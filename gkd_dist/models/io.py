@@ -21,6 +21,7 @@ from gkd_dist.config import BUILT_IN_MODELS, ModelConfig, StorageConfig
 from gkd_dist.errors import DataError, JsonError, ModelError, NewerModelError, ObjectNotFoundError
 from gkd_dist.models.build import build_model
 from gkd_dist.models.fit import load_weights
+from gkd_dist.models.layered import with_forward
 from gkd_dist.shards.codec import decode, encode
 from gkd_dist.shards.seal import SEAL, is_sealed, sealed
 from gkd_dist.storage import Storage
@@ -217,14 +218,14 @@ def _objects(data: bytes) -> str:
 
 def load_model(url: str, allow_code: Collection[str] = (), storage: StorageConfig | None = None) -> nn.Module:
     """The module stored at ``url`` in eval mode; ``forward(x, edge_index)`` on a whole graph."""
-    return read_model(Storage.open(url, storage), allow_code)[0]
+    return with_forward(read_model(Storage.open(url, storage), allow_code)[0])
 
 
 def load_student(
     run: str, name: str = "distilled", allow_code: Collection[str] = (), storage: StorageConfig | None = None
 ) -> nn.Module:
     """The student ``name`` of the run at URL ``run``."""
-    return read_model(Storage.open(run, storage).child(layout.student(name)), allow_code)[0]
+    return with_forward(read_model(Storage.open(run, storage).child(layout.student(name)), allow_code)[0])
 
 
 def load_teacher(
@@ -240,4 +241,4 @@ def load_teacher(
                 f"the run at {opened.url} has {'several teachers' if name is None else f'no teacher {name!r}'}; "
                 f"name one of {', '.join(names)}, e.g. load_teacher(run, name={names[0]!r})"
             )
-    return read_model(folder, allow_code)[0]
+    return with_forward(read_model(folder, allow_code)[0])

@@ -136,6 +136,17 @@ def as_local_graph(edges: LocalGraph | Tensor, num_nodes: int, edge_weight: Tens
     return LocalGraph.from_edge_index(edges, num_nodes, edge_weight)
 
 
+def with_forward(model: nn.Module) -> nn.Module:
+    """``model``, which can be called as ``model(x, edge_index)`` from now on where it has layers and no ``forward``."""
+    if type(model).forward is nn.Module.forward and is_layered(model):
+
+        def forward(x: Tensor, edges: LocalGraph | Tensor, edge_weight: Tensor | None = None) -> Tensor:
+            return forward_layers(model, x, as_local_graph(edges, x.size(0), edge_weight))[0]
+
+        model.forward = forward
+    return model
+
+
 class LayeredModel(nn.Module):
     """GCN, GraphSAGE, GAT, GIN or MLP of any depth."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gkd_dist.config import FitnetLoss, LabelLoss
+from gkd_dist.config import Config, FitnetLoss, LabelLoss
 from gkd_dist.distill.heads import HeadSpec, plan_heads, with_heads
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.module import StudentModule
@@ -147,3 +147,21 @@ def test_gradients_do_not_know_how_the_graph_was_cut(storage, normalize: bool) -
         parts = gradients(task, units)
         for name, expected in whole.items():
             assert (parts[name] - expected).norm() <= max(1e-5 * expected.norm(), 1e-7), name
+
+
+def test_several_teachers_share_the_weight_and_have_a_head_each() -> None:
+    teachers = [{"name": name, "model": {"kind": "gcn", "layers": layers}} for name, layers in (("a", 2), ("b", 3))]
+    config = Config.model_validate(
+        {
+            "run": "/data/run",
+            "graph": {"source": {"kind": "synthetic"}},
+            "teachers": teachers,
+            "student": {"model": {"kind": "gcn"}},
+            "losses": [{"kind": "label"}, {"kind": "fitnet", "weight": 3.0}],
+        }
+    )
+    losses = config.student_losses()
+    assert [(loss.teacher, loss.weight) for loss in losses if isinstance(loss, FitnetLoss)] == [("a", 1.5), ("b", 1.5)]
+    assert teacher_wants(losses, {"a": 2, "b": 3}).embeddings == {(1, "a"), (2, "b")}
+    heads = plan_heads(losses, 2, {1: 6, 2: 3}, {"fitnet": 8, "fitnet_1": 6})
+    assert [(head.name, head.projects) for head in heads] == [("fitnet", True), ("fitnet_1", False)]

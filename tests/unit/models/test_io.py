@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gkd_dist import layout, load_model, load_student, load_teacher
 from gkd_dist.config import ModelConfig
 from gkd_dist.errors import ModelError
+from gkd_dist.graph import LocalGraph
 from gkd_dist.models.build import build_model
 from gkd_dist.models.io import (
     ModelSpec,
@@ -26,6 +27,7 @@ from gkd_dist.models.io import (
     read_weights,
     save_model,
 )
+from gkd_dist.models.layered import forward_layers
 from gkd_dist.shards.seal import sealed
 from gkd_dist.storage import Storage
 
@@ -295,3 +297,13 @@ def test_json_is_readable_by_people(folder: Storage) -> None:
     text = folder.read(layout.MODEL_JSON).decode()
     assert len(text.splitlines()) > 10
     assert list(json.loads(text)) == sorted(json.loads(text))
+
+
+def test_layers_without_a_forward_get_one(folder: Storage) -> None:
+    kind = "user_models:Layered"
+    model = save(folder, ModelConfig(kind=kind))
+    loaded = load_model(folder.url, allow_code=[kind])
+    x, edge_index = torch.randn(4, NUM_FEATURES), torch.tensor([[0, 1, 3], [1, 2, 2]])
+    graph = LocalGraph.from_edge_index(edge_index, 4)
+    assert torch.equal(loaded(x, edge_index), forward_layers(model, x, graph)[0])
+    assert torch.equal(loaded(x, graph), loaded(x, edge_index))
