@@ -57,7 +57,8 @@ def build(args: argparse.Namespace, root: Path, hops: int) -> Storage:
 def train(store: str, way: str, args: argparse.Namespace, out: str) -> None:
     """One rank; rank 0 writes the times of its steps, and every rank its peak."""
     from gkd_dist.distill.engine import DeepSpeedEngine
-    from gkd_dist.distill.trainer import Trainer, TrainTask, prepare_process
+    from gkd_dist.distill.task import TrainTask
+    from gkd_dist.distill.trainer import Trainer, prepare_process
     from gkd_dist.telemetry import peak_rss_bytes
     from gkd_dist.world import World
 

@@ -39,7 +39,8 @@ from environment import describe, save
 
 from gkd_dist.config import CacheConfig, DistillConfig, ModelConfig, PartitionConfig, StorageConfig
 from gkd_dist.distill.engine import DeepSpeedEngine
-from gkd_dist.distill.trainer import Trainer, TrainTask, prepare_process
+from gkd_dist.distill.task import TrainTask
+from gkd_dist.distill.trainer import Trainer, prepare_process
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.storage import Storage

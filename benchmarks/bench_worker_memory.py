@@ -32,7 +32,7 @@ import gkd_dist.partition.build as build
 from gkd_dist import layout
 from gkd_dist.config import DistillConfig, KdLoss, LabelLoss, LspLoss, ModelConfig, PartitionConfig
 from gkd_dist.distill.job import TrainJob, run_inline
-from gkd_dist.distill.trainer import TrainTask, teacher_wants
+from gkd_dist.distill.task import TrainTask, teacher_wants
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest
 from gkd_dist.shards.quantise import pack_float

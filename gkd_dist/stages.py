@@ -189,7 +189,7 @@ def _adopt_teacher(session: Session) -> None:
 
 def _train_teacher(session: Session) -> None:
     from gkd_dist.distill.job import train_inline
-    from gkd_dist.distill.trainer import TrainTask
+    from gkd_dist.distill.task import TrainTask
 
     config = session.config
     task = TrainTask(
@@ -402,7 +402,7 @@ def distill_discard(session: Session) -> None:
 
 def student_tasks(session: Session) -> tuple[Any, ...]:
     """One training task per student, the distilled one first."""
-    from gkd_dist.distill.trainer import TrainTask
+    from gkd_dist.distill.task import TrainTask
 
     config, graph = session.config, open_graph(session)
     knowledge = open_knowledge(session, _read_views(session)) if config.teachers else open_knowledge(session)

@@ -20,7 +20,7 @@ from gkd_dist.config import (
     TrainConfig,
 )
 from gkd_dist.data.sources import load_graph
-from gkd_dist.distill.trainer import TrainTask
+from gkd_dist.distill.task import TrainTask
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import infer_nodes
 from gkd_dist.models.build import build_model

@@ -21,13 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gkd_dist import layout
-from gkd_dist.errors import DataError, ObjectNotFoundError
+from gkd_dist.errors import DataError, ObjectNotFoundError, StudentError
 from gkd_dist.shards.codec import decode, encode
 from gkd_dist.shards.seal import SEAL, is_sealed, sealed
 from gkd_dist.storage import Storage
+from gkd_dist.world import World
 
 log = logging.getLogger(__name__)
 FORMAT_VERSION = 4  # 1 had no seal, 2 did not name its data, 3 did not say whether scores were compiled
@@ -124,6 +126,22 @@ def load_checkpoint(storage: Storage, fingerprint: str, only: int | None = None)
         if state is not None:
             return state
     return None
+
+
+def agree_on_checkpoint(storage: Storage, fingerprint: str, world: World) -> TrainState:
+    """Where to go on: rank 0 chooses the checkpoint, all others load that one or raise `StudentError`."""
+    state = load_checkpoint(storage, fingerprint) if world.is_main else None
+    chosen = world.broadcast(torch.tensor([-1 if state is None else state.global_step]))
+    step = int(chosen[0])
+    if step < 0:
+        return TrainState()
+    state = state or load_checkpoint(storage, fingerprint, only=step)
+    if state is None:
+        raise StudentError(
+            f"rank {world.rank} cannot read the checkpoint of step {step} in {storage.url}, which rank 0 goes on "
+            "from; run the same command again"
+        )
+    return state
 
 
 def _read(storage: Storage, step: int, fingerprint: str) -> TrainState | None:

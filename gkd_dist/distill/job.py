@@ -12,8 +12,9 @@ from torch import nn
 from gkd_dist.config import DistillConfig, TrainConfig
 from gkd_dist.distill.beacon import Beacon
 from gkd_dist.distill.engine import DeepSpeedEngine, import_deepspeed
+from gkd_dist.distill.task import TrainTask, is_trained
 from gkd_dist.distill.torch_engine import TorchEngine
-from gkd_dist.distill.trainer import TrainEngine, Trainer, TrainTask, is_trained, prepare_process
+from gkd_dist.distill.trainer import TrainEngine, Trainer, prepare_process
 from gkd_dist.distill.watch import Report, RunWatcher
 from gkd_dist.distill.wishes import Wishes, on_sigterm
 from gkd_dist.owner import check_owner

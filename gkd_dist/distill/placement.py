@@ -25,7 +25,7 @@ from gkd_dist.distill.checkpoint import committed_steps
 from gkd_dist.distill.job import TrainJob, run_job, watched
 from gkd_dist.distill.notes import Notes, Patience
 from gkd_dist.distill.relay import WarningReader, warnings_to_store
-from gkd_dist.distill.trainer import TrainTask, is_trained
+from gkd_dist.distill.task import TrainTask, is_trained
 from gkd_dist.distill.watch import PROGRESS, TrainProgress, report_to_store
 from gkd_dist.distill.wishes import Wishes, on_sigterm
 from gkd_dist.errors import (

@@ -16,7 +16,7 @@ from gkd_dist.config import DistillConfig, InferConfig, ModelConfig, PartitionCo
 from gkd_dist.config.deepspeed import ZERO_ALLOWED
 from gkd_dist.config.graph import GraphConfig
 from gkd_dist.data.sources import load_graph
-from gkd_dist.distill.trainer import TrainTask
+from gkd_dist.distill.task import TrainTask
 from gkd_dist.graph import Graph
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import infer_nodes

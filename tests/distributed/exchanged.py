@@ -11,8 +11,8 @@ from torch import Tensor
 from gkd_dist.config import DistillConfig, KdLoss, LabelLoss, Loss, LspLoss
 from gkd_dist.distill.resident import HOPS, load_share, shares_of
 from gkd_dist.distill.step import StepReport, train_step
+from gkd_dist.distill.task import TrainTask, build_objective, teacher_wants
 from gkd_dist.distill.torch_engine import TorchEngine
-from gkd_dist.distill.trainer import TrainTask, build_objective, teacher_wants
 from gkd_dist.distill.validation import measure_medians, validate
 from gkd_dist.graph import Batch
 from gkd_dist.models.build import build_model, resolve_model

@@ -12,7 +12,8 @@ import torch
 
 from gkd_dist.config import DistillConfig, FitnetLoss, KdLoss, LabelLoss, Loss, ModelConfig
 from gkd_dist.distill.engine import DeepSpeedEngine
-from gkd_dist.distill.trainer import Trainer, TrainTask, prepare_process
+from gkd_dist.distill.task import TrainTask
+from gkd_dist.distill.trainer import Trainer, prepare_process
 from gkd_dist.storage import Storage
 from gkd_dist.world import World
 from tests.training import LOSSES, make_task

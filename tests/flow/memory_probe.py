@@ -8,7 +8,7 @@ import torch
 
 from gkd_dist.config import InferConfig, LabelLoss, ModelConfig, TrainConfig
 from gkd_dist.distill.job import train_inline
-from gkd_dist.distill.trainer import TrainTask
+from gkd_dist.distill.task import TrainTask
 from gkd_dist.infer.plan import Wants
 from gkd_dist.infer.run import infer_nodes
 from gkd_dist.partition.store import GraphStore

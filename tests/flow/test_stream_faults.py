@@ -27,7 +27,7 @@ from training import make_task, small_world
 
 from gkd_dist.config import CacheConfig, StorageConfig, TrainConfig
 from gkd_dist.distill.job import train_inline
-from gkd_dist.distill.trainer import TrainTask
+from gkd_dist.distill.task import TrainTask
 from gkd_dist.distill.watch import TrainProgress
 from gkd_dist.partition.store import GraphStore
 from gkd_dist.shards.manifest import Manifest

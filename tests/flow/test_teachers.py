@@ -15,7 +15,7 @@ from infer_worlds import assert_close, whole
 
 from gkd_dist import layout, stages
 from gkd_dist.data.sources import load_graph
-from gkd_dist.distill.trainer import build_objective, teacher_wants
+from gkd_dist.distill.task import build_objective, teacher_wants
 from gkd_dist.errors import ModelError
 from gkd_dist.graph import Graph
 from gkd_dist.losses import edge_scores, kd_loss, lsp_loss

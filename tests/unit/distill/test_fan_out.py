@@ -11,8 +11,9 @@ from gkd_dist.config import DistillConfig, KdLoss, LabelLoss, LspLoss
 from gkd_dist.config_file import parse_config
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.step import seeded, train_step
+from gkd_dist.distill.task import TrainTask, build_objective, teacher_wants
 from gkd_dist.distill.torch_engine import TorchEngine
-from gkd_dist.distill.trainer import Trainer, TrainTask, build_objective, teacher_wants
+from gkd_dist.distill.trainer import Trainer
 from gkd_dist.errors import ConfigError, ModelError
 from gkd_dist.fingerprints import student_fingerprint
 from gkd_dist.graph import Batch

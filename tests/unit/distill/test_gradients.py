@@ -12,8 +12,9 @@ from gkd_dist.config import DistillConfig, LabelLoss, LspLoss
 from gkd_dist.distill.gradients import gradient_squares, measures_gradients
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.step import train_step
+from gkd_dist.distill.task import build_objective, teacher_wants
 from gkd_dist.distill.torch_engine import TorchEngine
-from gkd_dist.distill.trainer import Trainer, build_objective, teacher_wants
+from gkd_dist.distill.trainer import Trainer
 from gkd_dist.models.build import build_model
 from gkd_dist.stream.units import UnitLoader
 from gkd_dist.world import World

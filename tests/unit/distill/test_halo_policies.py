@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gkd_dist.config import Config, KdLoss, LabelLoss, Loss, LspLoss
-from gkd_dist.distill.trainer import TrainTask, teacher_wants
+from gkd_dist.distill.task import TrainTask, teacher_wants
 from gkd_dist.graph import Batch, LocalGraph
 from gkd_dist.losses import edge_scores
 from gkd_dist.models.io import read_model

@@ -13,8 +13,9 @@ from gkd_dist.distill.heads import HeadSpec, plan_heads, with_heads
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.module import StudentModule
 from gkd_dist.distill.step import seeded, train_step
+from gkd_dist.distill.task import TrainTask, build_objective, teacher_wants
 from gkd_dist.distill.torch_engine import TorchEngine
-from gkd_dist.distill.trainer import Trainer, TrainTask, build_objective, teacher_wants
+from gkd_dist.distill.trainer import Trainer
 from gkd_dist.errors import ConfigError, StudentError
 from gkd_dist.models.build import build_model
 from gkd_dist.models.io import load_model, read_model, read_model_document

@@ -11,7 +11,8 @@ from torch import Tensor
 from gkd_dist.config import DistillConfig
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.resident import WholeGraphPlan
-from gkd_dist.distill.trainer import Trainer, TrainTask
+from gkd_dist.distill.task import TrainTask
+from gkd_dist.distill.trainer import Trainer
 from gkd_dist.errors import ModelError
 from gkd_dist.models.io import read_model
 from gkd_dist.storage import Storage

@@ -9,8 +9,9 @@ from gkd_dist.config import DistillConfig, TrainConfig
 from gkd_dist.distill.checkpoint import committed_steps
 from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.step import seeded, train_step
+from gkd_dist.distill.task import TrainTask, build_objective, is_trained, teacher_wants
 from gkd_dist.distill.torch_engine import TorchEngine
-from gkd_dist.distill.trainer import Trainer, TrainTask, build_objective, is_trained, teacher_wants
+from gkd_dist.distill.trainer import Trainer
 from gkd_dist.distill.wishes import Wishes
 from gkd_dist.errors import NonFiniteLossError, StorageError, TerminatedError
 from gkd_dist.models.build import build_model
