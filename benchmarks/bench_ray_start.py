@@ -1,8 +1,9 @@
 """From the command to train to the first finished step: two workers of Ray Train, with Ray up already.
 
 A small run is prepared (partition, teach, infer); then its student is trained several times through the same call as
-`gkd distill` makes. Times come from the workers: the student is a class of this file that writes down when its module
-was imported, when it was built and when it ran first; the first TensorBoard event has the time of the first step.
+`gkd distill` makes. Times come from the workers: the student is a class of this file that writes down when its process
+was created, when its module was imported (torch is, and the ranks have met), when it was built and when it first ran to
+be trained; the first TensorBoard event has the time of the first step.
 
     python benchmarks/bench_ray_start.py --save         # three minutes
 """
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -37,16 +39,17 @@ distill: {{launcher: ray, num_workers: 2, epochs: 2, patience: 0}}
 """
 
 
-def stamp(what: str) -> None:
+def stamp(what: str, at: float | None = None) -> None:
     """Writes the time down, once per process and ``what``; only workers know where to."""
     folder = os.environ.get(STAMPS)
     if folder:
         file = Path(folder) / f"{what}-{os.getpid()}"
         if not file.exists():
-            file.write_text(str(time.time()))
+            file.write_text(str(at or time.time()))
 
 
 if __name__ != "__main__":
+    stamp("process", psutil.Process().create_time())
     stamp("imported")
 
 
@@ -61,7 +64,8 @@ class Stamped(nn.Module):
         self.linear = nn.Linear(in_channels, out_channels)
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        stamp("ran")
+        if self.training and torch.is_grad_enabled():
+            stamp("ran")
         out: Tensor = self.linear(x)
         return out
 
@@ -97,7 +101,8 @@ def train_once(config: Any, stamps: Path) -> dict[str, float]:
     train_on_ray(TrainJob(session.run, stages.student_tasks(session), config.distill), lambda progress: None)
     ended = time.time()
     marks = {
-        what: max(float(file.read_text()) for file in stamps.glob(f"{what}-*")) for what in ("imported", "built", "ran")
+        what: max(float(file.read_text()) for file in stamps.glob(f"{what}-*"))
+        for what in ("process", "imported", "built", "ran")
     }
     marks["first step"] = first_step(Path(config.run))
     return {**{name: at - started for name, at in marks.items()}, "ended": ended - started}
