@@ -87,14 +87,14 @@ def disturb(job: Job, command: tuple[str, ...], kills: list[Kill]) -> list[str]:
                     psutil.wait_procs(ours, timeout=60)
                     break
             else:
-                out, err = process.communicate(timeout=300)
+                out, err = process.communicate(timeout=900)
                 assert process.returncode == 0, "\n".join([*journal, out, err])
                 return journal
 
 
 def await_moment(watched: Watched, process: subprocess.Popen[str], kill: Kill) -> psutil.Process:
     """The victim, when its time has come."""
-    goal, deadline = watched.newest() + kill.commits, time.monotonic() + 240
+    goal, deadline = watched.newest() + kill.commits, time.monotonic() + 900
     while True:
         assert process.poll() is None, (kill, process.communicate())
         assert time.monotonic() < deadline, f"nothing happened until {kill}"
@@ -116,7 +116,7 @@ def train(finished: Job, folder: Path) -> Job:
 @pytest.mark.parametrize(
     ("seed", "number", "epochs"),
     [
-        pytest.param(1, 3, 60, marks=pytest.mark.timeout(900)),
+        pytest.param(1, 3, 60, marks=pytest.mark.timeout(1800)),
         pytest.param(2, 20, 160, marks=[pytest.mark.timeout(7200), pytest.mark.slow]),
     ],
 )
