@@ -116,7 +116,7 @@ def train(finished: Job, folder: Path) -> Job:
 @pytest.mark.parametrize(
     ("seed", "number", "epochs"),
     [
-        pytest.param(1, 3, 60, marks=pytest.mark.timeout(1800)),
+        pytest.param(1, 3, 30, marks=pytest.mark.timeout(1800)),
         pytest.param(2, 20, 160, marks=[pytest.mark.timeout(7200), pytest.mark.slow]),
     ],
 )
