@@ -43,6 +43,14 @@ class Layered(nn.Module):
         return z if layer == 0 else z.tanh()
 
 
+class PartlyFrozen(Layered):
+    """The first layer stays as it is: an encoder that was trained before, say."""
+
+    def __init__(self, in_channels: int, out_channels: int, width: int = 4) -> None:
+        super().__init__(in_channels, out_channels, width)
+        self.first.requires_grad_(False)
+
+
 def linear_function(in_channels: int, out_channels: int) -> Tensor:
     """Gives a matrix where a module is due."""
     return torch.zeros(in_channels, out_channels)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gkd_dist.config import DistillConfig
 from gkd_dist.distill.module import StudentModule, as_student, call_module
-from gkd_dist.distill.optimizer import build_optimizer, set_lr
+from gkd_dist.distill.optimizer import build_optimizer, moment_names, set_lr
 from gkd_dist.errors import ConfigError
 from gkd_dist.graph import Batch
 from gkd_dist.losses.terms import Output
@@ -117,7 +117,8 @@ class DeepSpeedEngine:
         self._stage, self._micro_steps = config.zero_stage, micro_steps
         self._dtype = DTYPES[config.precision]
         module = as_student(model, config.checkpoint_layers).to(world.device)
-        optimizer = build_optimizer(module.parameters(), config)
+        optimizer = build_optimizer((parameter for _, parameter in module.named_trained()), config)
+        self._keys = moment_names(config)
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -186,6 +187,9 @@ class DeepSpeedEngine:
 
             masters = self._masters()
             for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:  # has no master: it is what the model was built from, rounded
+                    state[name] = state[name].float()
+                    continue
                 master = masters[parameter] if masters else safe_get_full_fp32_param(parameter)
                 value = state[name] if master is None else master.detach().cpu().clone().view_as(state[name])
                 state[name] = value.float()
@@ -231,9 +235,6 @@ class DeepSpeedEngine:
         tensors = [v for state in self._torch_optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _keys(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if isinstance(self._torch_optimizer, torch.optim.SGD) else ("exp_avg", "exp_avg_sq")
-
     def _plain(self) -> bool:
         """True where the torch optimizer updates the parameters themselves, without DeepSpeed between them."""
         return self._engine.optimizer is self._torch_optimizer
@@ -245,7 +246,7 @@ class DeepSpeedEngine:
         out: dict[str, Tensor] = {}
         masters = self._masters()
         for name, parameter in self.module.named_trained():
-            for key in self._keys():
+            for key in self._keys:
                 if self._stage == 0:
                     value = self._torch_optimizer.state.get(masters.get(parameter, parameter), {}).get(key)
                 else:
@@ -289,7 +290,7 @@ class DeepSpeedEngine:
         masters = self._masters()
         for name, parameter in self.module.named_trained():
             held = self._torch_optimizer.state[masters.get(parameter, parameter)]
-            for key in self._keys():
+            for key in self._keys:
                 if f"{name}/{key}" in state:
                     held[key] = state[f"{name}/{key}"].to(parameter.device, copy=True)
 
@@ -297,7 +298,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         for name, parameter in self.module.named_trained():
-            for key in self._keys():
+            for key in self._keys:
                 value = state.get(f"{name}/{key}")
                 if value is not None and self._stage == 3:
                     self._fill_partition(parameter, key, value)

@@ -54,9 +54,9 @@ class StudentModule(nn.Module):
         return self.head_layers[output] if isinstance(output, str) else output
 
     def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of the model by their own names, then those of heads as ``heads.<term>.<name>``."""
-        yield from self.model.named_parameters()
-        yield from ((f"{_HEADS}{name}", parameter) for name, parameter in self.heads.named_parameters())
+        """Parameters that are not frozen: of the model by their own names, of heads as ``heads.<term>.<name>``."""
+        yield from ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+        yield from ((f"{_HEADS}{name}", value) for name, value in self.heads.named_parameters())
 
     def head_state(self) -> dict[str, Tensor]:
         """Weights of the heads as ``<term>.<name>``; whole only where the engine has gathered them."""

@@ -20,6 +20,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> 
     return kind(parameters, lr=lr, weight_decay=decay, foreach=False)
 
 
+def moment_names(config: TrainConfig) -> tuple[str, ...]:
+    """What the optimizer keeps of each parameter, by torch's names; plain SGD keeps nothing."""
+    if config.optimizer == "sgd":
+        return ("momentum_buffer",) if config.momentum else ()
+    return "exp_avg", "exp_avg_sq"
+
+
 def lr_factor(schedule: LrSchedule, step: int, total_steps: int) -> float:
     """Factor of the learning rate in ``step`` (from 0) of ``total_steps``."""
     if step < schedule.warmup:

@@ -20,7 +20,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.module = as_student(model, config.checkpoint_layers).to(device)
         self._clip = config.grad_clip
-        self._optimizer = build_optimizer(self.module.parameters(), config)
+        self._optimizer = build_optimizer((parameter for _, parameter in self.module.named_trained()), config)
         self.grad_norm: float | None = None
 
     def forward(self, batch: Batch, outputs: Sequence[Output]) -> tuple[Tensor, dict[Output, Tensor]]:

@@ -84,6 +84,13 @@ CASES = {
         ),
     )
 }
+LESS_STATE = {
+    case.name: case
+    for case in (
+        Case("sgd-without-momentum", sgd(momentum=0.0, **THREE)),
+        Case("adamw-partly-frozen", adamw(**THREE), {"kind": "tests.user_models:PartlyFrozen", "args": {"width": 8}}),
+    )
+}
 ZERO_OPTIONS: dict[str, Any] = {  # a value that is not the default, for each that may be handed to DeepSpeed
     "contiguous_gradients": False,
     "reduce_scatter": False,

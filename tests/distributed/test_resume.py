@@ -105,4 +105,12 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(world, calm, tmp_path
 def test_bf16_goes_on_to_the_same_bits(world, tmp_path, stages):
     """Checkpoints hold the fp32 masters, and they come back as they were: not made anew from rounded weights."""
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
-    run_group(2, "bf16_rank.py", str(tmp_path), stages)
+    run_group(2, "stopped_and_resumed.py", str(tmp_path), stages, "adamw", "bf16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["frozen", "sgd"])
+def test_parameters_without_moments_go_on_to_the_same_bits(world, tmp_path, what, precision):
+    """Frozen layers have neither moments nor masters, and plain SGD keeps no moments of any parameter."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    run_group(2, "stopped_and_resumed.py", str(tmp_path), "0,1,2,3", what, precision)

@@ -23,6 +23,7 @@ from gkd_dist.storage import Storage
 from gkd_dist.world import World
 from tests.distributed.cases import (
     CASES,
+    LESS_STATE,
     NO_EDGES,
     NO_LABELS,
     PRODUCT,
@@ -118,6 +119,16 @@ def test_the_units_are_as_different_as_said(store):
 def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage, case):
     found = trained(ranks, store, world_size, stage, case, tmp_path)
     check(found, reference(references, store, case), case)
+
+
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3, 4))])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("case", LESS_STATE.values(), ids=lambda case: case.name)
+def test_parameters_agree_where_not_every_one_has_moments(ranks, store, references, tmp_path, world_size, stage, case):
+    found, expected = trained(ranks, store, world_size, stage, case, tmp_path), reference(references, store, case)
+    check(found, expected, case)
+    moments = [name for name in found if name.startswith("optimizer/")]
+    assert all("second" in name for name in moments) if "frozen" in case.name else not moments
 
 
 @pytest.mark.slow
