@@ -160,12 +160,18 @@ def moments(rows: Tensor, halo: HaloRows | None) -> tuple[Tensor, Tensor]:
     return first.float(), (second - first.square()).clamp_min(0).float()
 
 
+def is_replaceable(path: str, module: nn.Module) -> bool:
+    """Whether `own_batch_norms` replaces ``module``, found at ``path``; a subclass may do anything, and a root has no
+    place to be put into."""
+    return bool(path) and type(module) is nn.BatchNorm1d and module.running_mean is not None
+
+
 def own_batch_norms(model: nn.Module) -> None:
     """Puts an `OwnedBatchNorm1d` in the place of every ``torch.nn.BatchNorm1d`` of ``model`` that keeps statistics."""
     replaced: dict[int, nn.Module] = {}
     edgewise = {id(inner) for conv in model.modules() if isinstance(conv, pyg.EdgeConv) for inner in conv.modules()}
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is not nn.BatchNorm1d or module.running_mean is None or not path:
+        if not is_replaceable(path, module):
             continue
         new = replaced.setdefault(id(module), OwnedBatchNorm1d.of(module, path, id(module) in edgewise))
         parent, _, name = path.rpartition(".")

@@ -19,6 +19,7 @@ from gkd_dist.graph import Batch
 from gkd_dist.models.basic_gnn import is_basic_gnn
 from gkd_dist.models.build import no_layers, run_model
 from gkd_dist.models.layered import is_layered, why_not_layered
+from gkd_dist.models.norm import OwnedBatchNorm1d, is_replaceable
 from gkd_dist.sampling import Sampler
 
 _INSTEAD = "use batch_norm, which takes statistics over owned nodes, or layer_norm with norm_kwargs: {mode: node}"
@@ -33,12 +34,21 @@ def refuse_untrainable(model: nn.Module) -> None:
 def _untrainable(model: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         name = f"{path or 'the model'} ({type(module).__name__})"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.BatchNorm1d):
-            yield f"{name} takes statistics over all rows it gets, the halo included; use torch.nn.BatchNorm1d instead"
+        if _is_foreign_batch_norm(path, module):
+            yield (
+                f"{name} takes statistics over all rows it gets, the halo included; use torch.nn.BatchNorm1d itself "
+                "(no subclass) with track_running_stats, as a part of the model, or torch.nn.LayerNorm"
+            )
         if isinstance(module, pyg.InstanceNorm | nn.modules.instancenorm._InstanceNorm):
             yield f"{name} normalises over all nodes of a graph in training, of which a part has only some; {_INSTEAD}"
         if isinstance(module, pyg.HeteroBatchNorm):
             yield f"{name} takes statistics over all rows it gets, the halo included; {_INSTEAD}"
+
+
+def _is_foreign_batch_norm(path: str, module: nn.Module) -> bool:
+    """Whether it stays as it is in training: neither one of ours nor replaced by one."""
+    is_one = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return is_one and not isinstance(module, OwnedBatchNorm1d) and not is_replaceable(path, module)
 
 
 def require_layers(model: nn.Module) -> None:

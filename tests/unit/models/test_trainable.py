@@ -47,6 +47,14 @@ class NodeNorm(nn.Module):
         return self.lin(self.norm(x).index_add(0, edge_index[1], x[edge_index[0]]))
 
 
+class ScaledNorm(nn.BatchNorm1d):
+    """What users derive from torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, d] to [n, d]."""
+        return 2 * super().forward(x)
+
+
 # --- batch norm ------------------------------------------------------------------------------
 
 
@@ -164,12 +172,22 @@ def test_rows_that_are_neither_nodes_nor_edges_are_refused() -> None:
         (basic("GCN", norm="instance_norm"), r"norms.0 \(InstanceNorm\) .*use batch_norm"),
         (nn.Sequential(nn.InstanceNorm1d(3)), r"0 \(InstanceNorm1d\) normalises over all nodes"),
         (nn.Sequential(nn.SyncBatchNorm(3)), r"0 \(SyncBatchNorm\) .*halo included; use torch.nn.BatchNorm1d"),
+        (nn.Sequential(ScaledNorm(3)), r"0 \(ScaledNorm\) takes statistics .*use torch.nn.BatchNorm1d itself \(no sub"),
+        (nn.BatchNorm1d(3), r"the model \(BatchNorm1d\) takes statistics .* as a part of the model"),
+        (nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)), r"0 \(BatchNorm1d\) .*with track_running_stats"),
         (pyg.HeteroBatchNorm(3, 2), r"the model \(HeteroBatchNorm\)"),
     ],
 )  # fmt: skip
 def test_statistics_over_all_rows_are_refused_by_name(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         refuse_untrainable(model)
+
+
+@pytest.mark.parametrize("model", [basic("GCN", norm="batch_norm"), NodeNorm()])
+def test_those_that_are_replaced_are_not_refused(model: nn.Module) -> None:
+    for _ in range(2):
+        refuse_untrainable(model)
+        own_batch_norms(model)
 
 
 def test_a_loss_about_layers_needs_layers() -> None:
