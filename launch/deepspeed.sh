@@ -14,6 +14,8 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH="$root/.venv/bin:$PATH"
+# shellcheck disable=SC1091 # lies beside this file
+source "$root/launch/signals.bash"
 
 if [ $# -lt 1 ]; then
     echo "usage: [NPROC=2] [HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500] launch/deepspeed.sh CONFIG [section.key=value ...]" >&2
@@ -35,16 +37,21 @@ else
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
     workers=${NPROC:-$((gpus > 0 ? gpus : 2))}
     where=(--hostfile /dev/null --num_gpus "$workers")
-    gkd partition "$@"
-    gkd teach "$@"
-    gkd infer "$@"
+    step gkd partition "$@"
+    step gkd teach "$@"
+    step gkd infer "$@"
 fi
 
-deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29500}" --no_local_rank --quiet \
-    --module gkd_dist distill "$@" distill.launcher=deepspeed "distill.num_workers=$workers"
+failed=0
+# The ranks are below deepspeed and the launcher that it starts on this machine.
+launch 2 deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29500}" --no_local_rank --quiet \
+    --module gkd_dist distill "$@" distill.launcher=deepspeed "distill.num_workers=$workers" || failed=$?
+if [ "$failed" -ne 0 ]; then
+    exit "$(exit_code "$failed")"
+fi
 
 if [ -z "${HOSTFILE:-}" ]; then
-    gkd evaluate "$@"
-    gkd export "$@"
-    gkd report "$@"
+    step gkd evaluate "$@"
+    step gkd export "$@"
+    step gkd report "$@"
 fi

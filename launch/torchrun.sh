@@ -11,6 +11,8 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH="$root/.venv/bin:$PATH"
+# shellcheck disable=SC1091 # lies beside this file
+source "$root/launch/signals.bash"
 
 if [ $# -lt 1 ]; then
     echo "usage: [NPROC=2] [NNODES=1 NODE_RANK=0 MASTER_ADDR=host MASTER_PORT=29500] launch/torchrun.sh CONFIG [section.key=value ...]" >&2
@@ -26,36 +28,37 @@ if [ "$NNODES" -gt 1 ] && { [ -z "${NODE_RANK:-}" ] || [ -z "${MASTER_ADDR:-}" ]
 fi
 
 if [ "$NNODES" -eq 1 ]; then
-    gkd partition "$@"
-    gkd teach "$@"
-    gkd infer "$@"
+    step gkd partition "$@"
+    step gkd teach "$@"
+    step gkd infer "$@"
 fi
 
-# torchrun ends with 1 whatever its ranks end with: theirs says whether the same command can help (see README.md). A rank
-# that was killed (a negative code) is a matter of machines. The root cause is the last one in its report.
+# torchrun ends with 1 whatever its ranks end with: theirs says whether the same command can help (see README.md). The
+# root cause is the last one in its report.
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
-failed=0
-torchrun \
+exec 3> >(trap '' INT TERM HUP && exec tee "$report" >&2)
+reporter=$! failed=0
+launch 1 torchrun \
     --nnodes "$NNODES" --nproc-per-node "$NPROC" --node-rank "${NODE_RANK:-0}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
     -m gkd_dist distill "$@" distill.launcher=torchrun "distill.num_workers=$((NNODES * NPROC))" \
-    2> >(tee "$report" >&2) || failed=$?
+    2>&3 3>&- || failed=$?
+exec 3>&-
 if [ "$failed" -ne 0 ]; then
-    sleep 0.2 # until tee has written the end
+    for ((tries = 0; tries < 50; tries++)); do # until tee has written the end; a rank that is left may keep it open
+        kill -0 "$reporter" 2>/dev/null || break
+        sleep 0.1
+    done
     cause=$(sed -n 's/^ *exitcode *: *\(-\{0,1\}[0-9]*\).*/\1/p' "$report" | tail -n 1)
     if grep -q 'SignalException.* got signal: 15' "$report"; then
         cause=143
-    elif [ -z "$cause" ]; then
-        cause=$failed
-    elif [ "$cause" -lt 0 ]; then
-        cause=4
     fi
-    exit "$cause"
+    exit "$(exit_code "${cause:-$failed}")"
 fi
 
 if [ "$NNODES" -eq 1 ]; then
-    gkd evaluate "$@"
-    gkd export "$@"
-    gkd report "$@"
+    step gkd evaluate "$@"
+    step gkd export "$@"
+    step gkd report "$@"
 fi

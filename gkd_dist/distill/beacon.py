@@ -24,7 +24,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-from gkd_dist.errors import StudentError
+from gkd_dist.errors import StudentError, TerminatedError
 from gkd_dist.world import World
 
 _BEAT_S = 1.0
@@ -90,7 +90,8 @@ class Beacon:
     ) -> None:
         self._ended.set()
         self._world.place.others = lambda: ""
-        if kind is None and self._world.world_size > 1:
+        together = kind is None or issubclass(kind, TerminatedError)  # all ranks have agreed to end here
+        if together and self._world.world_size > 1:
             with suppress(Exception):  # of a store that has ended before
                 self._say(self._store)  # a farewell; one that fails is watched until its process is gone
 

@@ -19,10 +19,12 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import nn
 
 from gkd_dist import layout
 from gkd_dist.distill.checkpoint import TrainState, delete_uncommitted, save_checkpoint
 from gkd_dist.errors import JsonError, ObjectNotFoundError, OwnershipError
+from gkd_dist.models.io import ModelSpec, save_model
 from gkd_dist.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -121,17 +123,34 @@ class CheckpointSaver:
 
     def save(self, snapshot: TrainState) -> None:
         """Begins to write a snapshot, whose tensors nobody changes from now on."""
+        self._begin(lambda: save_checkpoint(self._storage, snapshot, self._fingerprint, self._keep, self._claim.check))
+
+    def publish(self, model: nn.Module, spec: ModelSpec) -> None:
+        """Begins to write the model that training ends with, unless another process trains it by now."""
+
+        def work() -> None:
+            self._claim.check()
+            save_model(self._storage, model, spec, self._fingerprint)
+
+        self._begin(work)
+
+    def _begin(self, work: Callable[[], None]) -> None:
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="gkd-checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._do, args=(work,), name="gkd-checkpoint", daemon=True)
         self._thread.start()
+
+    def is_busy(self, patience_s: float | None = None) -> bool:
+        """Whether something is still on its way after ``patience_s`` at most; None: after it is committed."""
+        started = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join(patience_s)
+            self._thread = self._thread if self._thread.is_alive() else None
+        self.wait_s += time.perf_counter() - started
+        return self._thread is not None
 
     def wait(self) -> None:
         """Until all that was saved is committed."""
-        started = time.perf_counter()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.wait_s += time.perf_counter() - started
+        self.is_busy()
         self.check()
 
     def check(self) -> None:
@@ -139,12 +158,8 @@ class CheckpointSaver:
         if self._error is not None:
             raise self._error
 
-    def may_publish(self) -> None:
-        """`OwnershipError` where another process trains this model by now."""
-        self._claim.check()
-
-    def _write(self, snapshot: TrainState) -> None:
+    def _do(self, work: Callable[[], None]) -> None:
         try:
-            save_checkpoint(self._storage, snapshot, self._fingerprint, self._keep, self._claim.check)
+            work()
         except BaseException as error:
             self._error = error

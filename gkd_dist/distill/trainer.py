@@ -35,12 +35,13 @@ from gkd_dist.distill.resident import (
 from gkd_dist.distill.saving import CheckpointSaver, Claim, circumstances, say_changes
 from gkd_dist.distill.step import Engine, StepReport, seeded, train_step
 from gkd_dist.distill.task import TrainSummary, TrainTask, build_objective, heads_of, teacher_wants
+from gkd_dist.distill.together import failed_together
 from gkd_dist.distill.validation import Metrics, measure_medians, validate
 from gkd_dist.distill.wishes import Agreed, Wishes
 from gkd_dist.errors import StudentError, TerminatedError
 from gkd_dist.graph import Batch, Task
 from gkd_dist.models.build import build_model, resolve_model
-from gkd_dist.models.io import ModelSpec, save_model
+from gkd_dist.models.io import ModelSpec
 from gkd_dist.models.trainable import check_empty, refuse_untrainable, require_layers, sampler_for
 from gkd_dist.stream.node_cache import through_cache
 from gkd_dist.stream.order import Position, StreamPlan, micro_steps, plan_units
@@ -178,6 +179,7 @@ class Trainer:
                 while not self.state.stopped and self.state.position[0] < self.config.epochs:
                     self._step(stream)
                 wait_s = float(self.world.sum(torch.tensor([stream.wait_s]))[0]) / self.world.world_size
+                self._settle()
             finally:
                 self.engine.train(False)
         self._publish(time.perf_counter() - started, wait_s)
@@ -329,20 +331,25 @@ class Trainer:
         model, optimizer = self.engine.model_state(), self.engine.optimizer_state()
         state = replace(self.state, model=model, heads=self.engine.head_state(), optimizer=optimizer)
         self.wishes.saved()
+        self._settle()
         if self.saver is not None:
             self.saver.save(replace(state, sigmas=dict(self.state.sigmas)))
+
+    def _settle(self) -> None:
+        """All ranks wait until what rank 0 writes is there; on all of them an error where that has failed."""
+        if failed_together(self.world, self.saver):
+            self._give_up()
 
     def _give_up(self) -> None:
         if self.saver is not None:
             self.saver.check()
         raise StudentError(
-            f"rank 0 could not write the checkpoint of {self.task.name} before step {self.state.global_step}; its own "
+            f"rank 0 could not write what there was of {self.task.name} up to step {self.state.global_step}; its own "
             "error says why, run the same command again after it is mended"
         )
 
     def _stop(self) -> None:
-        if self.saver is not None:
-            self.saver.wait()
+        self._settle()
         raise TerminatedError(
             f"training of {self.task.name} was asked to stop (SIGTERM) and did so after step {self.state.global_step}, "
             "which is kept; run the same command again, it goes on from there"
@@ -352,14 +359,12 @@ class Trainer:
         """Writes the best weights; ``model.json`` comes last and makes the model count."""
         weights = self.state.best or self.engine.model_state()
         if self.saver is not None:
-            self.saver.wait()
-            self.saver.may_publish()
             model = build_model(self.spec.config, self.spec.in_channels, self.spec.out_channels)
             model.load_state_dict(weights)
             summary = self._summary(wall_s, wait_s)
-            meta = {"name": self.task.name, "seed": self.task.seed, "summary": vars(summary)}
-            save_model(self.task.output, model, replace(self.spec, meta=meta), self.task.fingerprint)
-        self.world.barrier()
+            spec = replace(self.spec, meta={"name": self.task.name, "seed": self.task.seed, "summary": vars(summary)})
+            self.saver.publish(model, spec)
+        self._settle()
 
     def _summary(self, wall_s: float, wait_s: float) -> TrainSummary:
         best = self.state.best_metric

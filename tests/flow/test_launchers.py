@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import torch
 from flow_runs import BASE, Job, make_job, process_env
 from safetensors.torch import load_file
 
+from gkd_dist.distill.checkpoint import committed_steps
+from gkd_dist.storage import Storage
 from tests.distributed.groups import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +49,27 @@ def run(*command: str, timeout_s: float = 240) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_sigterm_to_the_script_keeps_a_checkpoint(prepared: Job, tmp_path: Path, script: str) -> None:
+    job = copy_of(prepared, tmp_path)
+    env = process_env() | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"MASTER_PORT": str(free_port()), "NPROC": "2"}
+    command = ["bash", str(ROOT / "launch" / script), str(job.config), "distill.epochs=100000", "student.alone=false"]
+    running = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    student = Storage.open(str(job.run)).child("students/distilled")
+    deadline = time.monotonic() + 150
+    while not committed_steps(student) and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=100)
+    assert running.returncode == 143, output[-3000:]
+    kept = re.findall(r"did so after step (\d+), which is kept", output)
+    assert kept, output[-3000:]
+    assert {int(step) for step in kept} == {committed_steps(student)[-1]}
+    assert "evaluate" not in output
 
 
 def agree(job: Job, prepared: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = sorted((ROOT / "launch").glob("*.sh"))
 SCRIPTS = [*LAUNCHERS, ROOT / "launch" / "slurm.sbatch", ROOT / ".ci" / "run"]
+SOURCED = ROOT / "launch" / "signals.bash"
 CALL = re.compile(r"(?:(?:^|[\s/])gkd|-m gkd_dist) ([a-z]+)")
 
 
@@ -27,13 +29,13 @@ def verbs() -> set[str]:
     return {verb for path in [*SCRIPTS, ROOT / "Makefile"] for verb in CALL.findall(code(path))}
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, SOURCED], ids=lambda path: path.name)
 def test_bash_can_read_it(path: Path) -> None:
     result = subprocess.run(["bash", "-n", path], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, SOURCED], ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(path: Path) -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     result = subprocess.run([shellcheck, "--severity=style", path], capture_output=True, text=True)
@@ -142,18 +144,77 @@ Root Cause (first observed failure):
 )
 def test_torchrun_ends_with_the_exit_code_of_the_rank_that_was_first(tmp_path: Path, report: str, code: int) -> None:
     (tmp_path / "report").write_text(report)
-    for name, body in {"torchrun": f"cat {tmp_path}/report >&2; exit 1", "gkd": "true"}.items():
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
+    done = with_stand_ins(tmp_path, "torchrun.sh", torchrun=f"cat {tmp_path}/report >&2; exit 1", gkd="true")
+    _, err = done.communicate(timeout=60)
+    assert done.returncode == code, err
+    assert report.strip() in err
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [(1, 1), (3, 3), (4, 4), (143, 143), (247, 4), (245, 4), (137, 4)],  # 247: its launcher's -9 for a killed rank
+)
+def test_deepspeed_ends_with_what_the_exit_code_of_its_launcher_means(tmp_path: Path, ended: int, code: int) -> None:
+    done = with_stand_ins(tmp_path, "deepspeed.sh", deepspeed=f"exit {ended}", gkd="true")
+    _, err = done.communicate(timeout=60)
+    assert done.returncode == code, err
+
+
+def with_stand_ins(folder: Path, script: str, **programs: str) -> subprocess.Popen[str]:
+    """The script, started where its .venv, which it would prefer, is not there."""
+    (folder / "bin").mkdir()
+    for name, body in programs.items():
+        program = folder / "bin" / name
         program.write_text(f"#!/bin/bash\n{body}\n")
         program.chmod(0o755)
-    script = tmp_path / "launch" / "torchrun.sh"  # its .venv, which it would prefer, is not there
-    script.parent.mkdir()
-    script.write_text((ROOT / "launch" / "torchrun.sh").read_text())
-    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", script, "c.yaml"], env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stderr
-    assert report.strip() in done.stderr
+    (folder / "launch").mkdir()
+    for path in (ROOT / "launch" / script, SOURCED):
+        shutil.copy(path, folder / "launch")
+    return subprocess.Popen(
+        ["bash", folder / "launch" / script, "c.yaml"],
+        env={"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+_RANK = """trap 'echo "$RANK keeps a checkpoint"; sleep 1; echo "$RANK ends"; exit 143' TERM
+echo "$RANK trains"; while :; do sleep 0.1; done"""
+# launchers that a rank outlives: torchrun's gives it half a minute, deepspeed's passes nothing on
+_TORCHRUN = """RANK=0 rank & RANK=1 rank & trap 'kill -KILL $(jobs -p); exit 1' TERM
+wait -n || code=$?; wait; echo "  exitcode  : $code (pid: 7)" >&2; exit 1"""
+_LAUNCH = "RANK=0 rank & RANK=1 rank & trap 'kill -KILL $(jobs -p); exit 1' TERM; wait -n || code=$?; wait; exit $code"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_sigterm_to_the_script_reaches_the_ranks_and_waits_for_their_checkpoint(tmp_path: Path, script: str) -> None:
+    programs = {"rank": _RANK, "torchrun": _TORCHRUN, "launch.py": _LAUNCH, "deepspeed": "launch.py & wait $!"}
+    running = with_stand_ins(tmp_path, script, gkd='echo "gkd $1"', **programs)
+    assert running.stdout is not None
+    lines = [running.stdout.readline().strip() for _ in range(5)]
+    assert sorted(lines) == ["0 trains", "1 trains", "gkd infer", "gkd partition", "gkd teach"]
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
+    said = ["0 ends", "0 keeps a checkpoint", "1 ends", "1 keeps a checkpoint"]  # and no `gkd evaluate`
+    assert sorted(out.splitlines()) == said, err
+    assert running.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=lambda value: getattr(value, "name", "")
+)
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_a_signal_during_a_stage_before_ends_that_and_the_script(
+    tmp_path: Path, script: str, signum: signal.Signals, code: int
+) -> None:
+    stage = "trap 'exit 143' TERM; trap 'exit 130' INT; echo \"$1\"; while :; do sleep 0.1; done"
+    running = with_stand_ins(tmp_path, script, gkd=stage)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "partition\n"
+    running.send_signal(signum)
+    out, err = running.communicate(timeout=60)
+    assert (out, running.returncode) == ("", code), err
 
 
 def test_shortly_before_the_time_is_up_the_driver_is_asked_to_stop_and_the_job_goes_back_into_the_queue(

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from gkd_dist.config import ModelConfig
 from gkd_dist.distill.checkpoint import TrainState, committed_steps, load_checkpoint
 from gkd_dist.distill.saving import WRITER, CheckpointSaver, Claim, circumstances, say_changes
 from gkd_dist.errors import OwnershipError, StorageError
+from gkd_dist.models.build import build_model
+from gkd_dist.models.io import ModelSpec
 from gkd_dist.storage import Storage
 
 
@@ -112,9 +115,15 @@ def test_a_writer_that_was_replaced_commits_nothing(tmp_path):
     after = {key: storage.read(key) for key in storage.list()}
     assert {key: after[key] for key in before} == before
     assert [key.rpartition("-")[0] for key in after.keys() - before.keys()] == ["checkpoints/step-00000003/state"]
+    late = saver_of(storage)
+    model = ModelConfig(kind="gcn", hidden=2)
+    new.publish(build_model(model, 2, 2), ModelSpec(model, 2, 2, "multiclass"))
     with pytest.raises(OwnershipError):
-        old.may_publish()
-    new.may_publish()
+        new.wait()
+    assert not storage.exists("model.json")
+    late.publish(build_model(model, 2, 2), ModelSpec(model, 2, 2, "multiclass"))
+    late.wait()
+    assert storage.exists("model.json")
 
 
 def test_a_writer_that_is_replaced_while_it_writes_does_not_commit(gate):
