@@ -147,7 +147,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_peers(error):
+            if not is_of_peers(error):
                 raise
             raise self._in_vain(error) from error
 
@@ -176,7 +176,9 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def _is_of_peers(error: RuntimeError) -> bool:
+def is_of_peers(error: BaseException) -> bool:
     """Whether a collective failed, and not the arithmetic around it: gloo's errors have no type of their own."""
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection closed by"))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection closed by"))
+    )

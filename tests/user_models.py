@@ -24,6 +24,16 @@ class Plain(nn.Module):
         return h + torch.zeros_like(h).index_add(0, edge_index[1], weight.unsqueeze(1) * h[edge_index[0]])
 
 
+class Stumbling(Plain):
+    """Runs wherever it is tried out, and not where it is trained."""
+
+    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
+        """An error of the program in the middle of training."""
+        if self.training and torch.is_grad_enabled() and x.size(0) > 50:
+            raise TypeError("can only concatenate list to list")
+        return super().forward(x, edge_index, edge_weight)
+
+
 class Layered(nn.Module):
     """Two SAGE layers with a tanh between them, by the layer protocol."""
 

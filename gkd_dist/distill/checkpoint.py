@@ -91,8 +91,11 @@ def save_checkpoint(
     may_commit()
     steps = [step for step in committed_steps(storage) if step != state.global_step] + [state.global_step]
     storage.write_json(LATEST, steps[-keep:])
+    may_commit()
+    kept = committed_steps(storage)  # by whoever has written last
     for step in steps[:-keep]:
-        storage.delete_tree(layout.checkpoint(step))
+        if kept and step < kept[0]:
+            storage.delete_tree(layout.checkpoint(step))
 
 
 def delete_uncommitted(storage: Storage) -> list[str]:

@@ -39,9 +39,11 @@ class Notes:
 
     # --- of workers --------------------------------------------------------------------------
 
-    def leave_failure(self, error: GkdError) -> None:
-        """An error for the driver to raise."""
-        self._folder.write_json(self._key("failure"), {"kind": type(error).__name__, "message": str(error)})
+    def leave_failure(self, error: GkdError, details: str = "") -> None:
+        """An error for the driver to raise; ``details`` show there with ``--debug``. Best effort."""
+        note = {"kind": type(error).__name__, "message": str(error), "details": details}
+        with suppress(StorageError):
+            self._folder.write_json(self._key("failure"), note)
 
     def has_failed(self) -> bool:
         """Whether a worker has left one."""
@@ -80,9 +82,12 @@ class Notes:
             failure = self._folder.read_json(self._key("failure"))
         except (ObjectNotFoundError, ValueError):
             return
-        self.clear("failure")
-        kind = getattr(errors, str(failure.get("kind")), StudentError)
-        raise kind(str(failure.get("message")))
+        with suppress(StorageError):
+            self.clear("failure")
+        error = getattr(errors, str(failure.get("kind")), StudentError)(str(failure.get("message")))
+        if failure.get("details"):
+            error.add_note(str(failure["details"]))
+        raise error
 
     def tell_trouble(self) -> None:
         """Says why a group is started again."""

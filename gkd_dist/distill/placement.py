@@ -16,8 +16,9 @@ import shutil
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from gkd_dist.distill.beacon import end_process
@@ -38,7 +39,7 @@ from gkd_dist.errors import (
     TerminatedError,
 )
 from gkd_dist.storage import Storage
-from gkd_dist.world import World
+from gkd_dist.world import World, is_of_peers
 
 log = logging.getLogger(__name__)
 _POLL_S = 1.0
@@ -62,10 +63,12 @@ def train_on_ray(job: TrainJob, on_progress: Callable[[TrainProgress], None]) ->
     except GkdError:
         raise
     except Exception as error:
+        notes.raise_failure()
         raise _translate(error, job.config.max_failures) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        notes.clear("stop", "trouble", "alive")
+        with suppress(StorageError):  # how training ended matters more
+            notes.clear("stop", "trouble", "alive")
     notes.raise_failure()
     missing = [task.name for task in job.tasks if not is_trained(task.output, task.fingerprint)]
     if missing and asked.is_set():
@@ -187,13 +190,32 @@ def _worker(loop_config: dict[str, Any]) -> None:
             run_job(job, world, lambda task: report_to_store(task.output), wishes)
     except TerminatedError as end:
         log.info("%s", end)  # the driver has asked for it and looks for what was kept
-    except InfrastructureError as error:
-        if isinstance(error, NonFiniteLossError | OwnershipError):
+    except Exception as error:
+        leave_for_good(notes, world, error)
+        raise
+
+
+def leave_for_good(notes: Notes, world: World, error: Exception) -> None:
+    """Leaves an error that a restart cannot mend, so that the group is not trained again.
+
+    A restart can mend what comes of machines, network and storage. An exception that is none of ours and
+    is not about lost peers is one of the program, a user's model among it: it ends the run with exit
+    code 1, as under every other launcher.
+    """
+    if isinstance(error, GkdError):
+        if not isinstance(error, InfrastructureError) or isinstance(error, NonFiniteLossError | OwnershipError):
             notes.leave_failure(error)
-        raise
-    except GkdError as error:
-        notes.leave_failure(error)
-        raise
+        return
+    of_machines = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("ray.")
+    if is_of_peers(error) or of_machines:
+        return
+    where = str(world.place)
+    said = GkdError(
+        f"rank {world.rank} of {world.world_size}{f' ({where})' if where else ''} met an error of the program, which a "
+        f"restart cannot mend: {type(error).__name__}: {_last_line(error)}; mend it and run the same command again, "
+        "--debug shows the traceback"
+    )
+    notes.leave_failure(said, "".join(traceback.format_exception(error)))
 
 
 @contextmanager
@@ -248,8 +270,10 @@ def _translate(error: Exception, max_failures: int) -> StudentError:
     failures = getattr(error, "worker_failures", None) or {}
     causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
     what = "; ".join(causes) or _last_line(error)
+    # only the loss of a worker group is answered with a restart, see Ray Train's `FailurePolicy`
+    after = f" after {max_failures} restart{'s' if max_failures > 1 else ''}" if failures and max_failures else ""
     return StudentError(
-        f"training gave up after {max_failures} restarts ({what}); mend the cause and run the same command again, "
+        f"training gave up{after} ({what}); mend the cause and run the same command again, "
         "it goes on from the last checkpoint"
     )
 
@@ -291,10 +315,11 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], aske
     finally:
         stop.set()
         thread.join(timeout=10)
-        warnings.say()
-        warnings.clear()
-        for task in job.tasks:
-            _delete(task.output, PROGRESS)
+        with suppress(StorageError):  # how training ended matters more
+            warnings.say()
+            warnings.clear()
+            for task in job.tasks:
+                _delete(task.output, PROGRESS)
 
 
 def _wanted(job: TrainJob) -> str:

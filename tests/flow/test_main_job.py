@@ -441,6 +441,17 @@ def test_two_workers_on_ray_and_s3(tmp_path: Path, finished: Job, s3_server: str
     assert job.gkd("run", "run=s3://bucket/run").done == []
 
 
+def test_an_error_of_the_program_ends_workers_on_ray_without_a_restart(copied: Job) -> None:
+    model = ("student.alone=false", "student.model={kind: 'user_models:Stumbling'}", "losses=[{kind: label}]")
+    on_ray = ("distill.launcher=ray", "distill.num_workers=2", "distill.max_failures=3")
+    outcome = gkd_process("run", str(copied.config), *on_ray, *model)
+    assert outcome.code == 1, outcome.err
+    assert (
+        "met an error of the program, which a restart cannot mend: TypeError: can only concatenate" in outcome.complaint
+    )
+    assert not list((copied.run / "students/distilled").glob("failure*"))
+
+
 @pytest.mark.slow
 def test_workers_on_ray_report_a_damaged_shard_as_what_it_is(copied: Job) -> None:
     (file,) = copied.run.glob("knowledge/*/part-00001*")

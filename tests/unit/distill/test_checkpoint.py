@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gkd_dist.distill.checkpoint import TrainState, committed_steps, load_checkpoint, save_checkpoint
+from gkd_dist.errors import OwnershipError
 from gkd_dist.storage import Storage
 
 
@@ -31,6 +32,36 @@ def test_the_last_ones_are_kept(storage):
     for step in (1, 2, 3):
         save_checkpoint(storage, state(step), "f", keep=2)
     assert committed_steps(storage) == [2, 3]
+    assert not storage.exists("checkpoints/step-00000001/COMMIT.json")
+
+
+def test_a_writer_that_is_replaced_between_list_and_deletion_deletes_nothing(storage):
+    for step in (1, 2):
+        save_checkpoint(storage, state(step), "f", keep=2)
+    asked = []
+
+    def replaced_after_the_list() -> None:
+        asked.append(committed_steps(storage))
+        if asked[-1] == [3]:
+            raise OwnershipError("another one writes")
+
+    with pytest.raises(OwnershipError):
+        save_checkpoint(storage, state(3), "f", keep=1, may_commit=replaced_after_the_list)
+    assert storage.exists("checkpoints/step-00000002/COMMIT.json")
+
+
+def test_what_another_writer_has_listed_since_is_not_deleted(storage):
+    for step in (1, 2):
+        save_checkpoint(storage, state(step), "f", keep=2)
+
+    def another_one_writes() -> None:
+        if committed_steps(storage) == [3]:
+            storage.write_json("checkpoints/latest.json", [2])
+
+    save_checkpoint(storage, state(3), "f", keep=1, may_commit=another_one_writes)
+    found = load_checkpoint(storage, "f")
+    assert found is not None
+    assert found.global_step == 2
     assert not storage.exists("checkpoints/step-00000001/COMMIT.json")
 
 
