@@ -104,7 +104,7 @@ class World:
         if self.world_size == 1:
             return values.clone()
         total = values.to(self.device, copy=True)
-        with self._bounded():
+        with self.facing_peers():
             dist.all_reduce(total)
         return total.to(values.device)
 
@@ -113,7 +113,7 @@ class World:
         if self.world_size == 1:
             return values
         shared = values.to(self.device, copy=True)
-        with self._bounded():
+        with self.facing_peers():
             dist.broadcast(shared, src=0)
         return shared.to(values.device)
 
@@ -129,21 +129,17 @@ class World:
         if self.world_size == 1:
             return out.copy_(rows)
         buffer = out if out.device == self.device and out.is_contiguous() else torch.empty_like(out, device=self.device)
-        with self._bounded():
+        with self.facing_peers():
             dist.all_to_all_single(buffer, rows.to(self.device).contiguous(), list(received), list(sent))
         return out if buffer is out else out.copy_(buffer)
 
     @contextmanager
-    def _bounded(self) -> Iterator[None]:
-        """A collective that did not come about, as a sentence that names who waited."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise self._in_vain(error) from error
-
-    @contextmanager
     def facing_peers(self) -> Iterator[None]:
-        """The same around work with collectives of others in it, which has errors of its own, too."""
+        """A collective that did not come about, as a sentence that names who waited.
+
+        Also around work with collectives of others in it. Other errors, of arithmetic, memory or a type that the
+        backend does not have, stay what they are.
+        """
         try:
             yield
         except RuntimeError as error:

@@ -72,7 +72,8 @@ class TrainConfig(Section):
     resident_bytes: NonNegative = Field(2 << 30, description="decoded units kept in memory, per worker")
     cache: CacheConfig = CacheConfig()
     data_timeout_s: PositiveFloat = Field(
-        240.0, description="bound of the wait for a unit; at most 0.8 collective_timeout_s, so that peers still listen"
+        240.0,
+        description="bound of the wait for a step's units; at most 0.8 collective_timeout_s: peers still listen",
     )
     checkpoint_every: Positive = Field(20, description="optimizer steps between checkpoints")
     keep: Positive = Field(2, description="checkpoints kept beside the best")

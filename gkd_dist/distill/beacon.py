@@ -28,6 +28,7 @@ from gkd_dist.errors import StudentError, TerminatedError
 from gkd_dist.world import World
 
 _BEAT_S = 1.0
+_MOST_FAILURES = 60  # of the store, one after the other, until it counts as gone
 _LOOK_S = 3.0  # patience with the store for a better message
 _Store = Any
 
@@ -102,10 +103,14 @@ class Beacon:
 
     def _beat(self) -> None:
         """Says and hears. May hang in a store whose process is stopped: the judge has a thread of its own."""
-        with suppress(Exception):  # the store is gone with its process: what comes of that is the judge's matter
-            while not self._ended.wait(_BEAT_S):
+        failures = 0
+        while failures < _MOST_FAILURES and not self._ended.wait(_BEAT_S):
+            try:
                 self._say(self._store)
                 self._pulse.hear(self._store.get(_key(self._next)), time.monotonic())
+                failures = 0
+            except Exception:  # once: of a busy machine; always: of a store that is gone, which is the judge's matter
+                failures += 1
 
     def _judge(self) -> None:
         while not self._ended.wait(_BEAT_S):

@@ -73,13 +73,16 @@ def deepspeed_config(config: DistillConfig, micro_steps: int) -> dict[str, Any]:
 
 
 def check_precision(config: DistillConfig) -> None:
-    """`ConfigError` where the device has no such precision; to be called before any process starts."""
+    """`ConfigError` where the device has no such precision; to be called before any process starts.
+
+    Asks the processor of this process, taking those of the workers to be like it.
+    """
     if config.precision == "fp16" and config.gpus_per_worker == 0:
         supported = torch.ops.mkldnn._is_mkldnn_fp16_supported()
         if not supported:
             raise ConfigError(
-                "distill.precision fp16 needs a GPU or a CPU with fp16 arithmetic, which this one has not; "
-                "set distill.precision=bf16 or fp32"
+                "distill.precision fp16 needs a GPU or CPUs with fp16 arithmetic, and this machine, which stands for "
+                "those of the workers, has none; set distill.precision=bf16 or fp32, or start on a machine like theirs"
             )
 
 

@@ -316,7 +316,7 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], aske
         stop.set()
         thread.join(timeout=10)
         with suppress(StorageError):  # how training ended matters more
-            warnings.say()
+            warnings.say(everyone=True)
             warnings.clear()
             for task in job.tasks:
                 _delete(task.output, PROGRESS)

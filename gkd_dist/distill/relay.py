@@ -20,6 +20,7 @@ FOLDER = "warnings"
 _PACKAGE = "gkd_dist"
 _MOST = 100  # lines of a rank
 _PAUSE_S = 1.0
+_LOOKS = 8  # ranks that the driver asks in a round
 
 
 class _Collector(logging.Handler):
@@ -70,14 +71,21 @@ class WarningReader:
     def __init__(self, folder: Storage, num_ranks: int) -> None:
         self._folder, self._num_ranks = folder, num_ranks
         self._said: set[str] = set()
+        self._next = 0
 
     def clear(self) -> None:
         """Forgets what earlier runs left."""
         self._folder.delete_tree(FOLDER)
 
-    def say(self) -> None:
-        """Logs every line that was not said before, with the rank that met it first."""
-        for rank in range(self._num_ranks):
+    def say(self, everyone: bool = False) -> None:
+        """Logs what some ranks, or all, have left and was not said before.
+
+        A look costs one request per rank: the ranks take turns, so that a large group does not keep the driver busy.
+        """
+        count = self._num_ranks if everyone else min(_LOOKS, self._num_ranks)
+        ranks = [(self._next + index) % self._num_ranks for index in range(count)]
+        self._next = (self._next + count) % self._num_ranks
+        for rank in sorted(ranks):
             try:
                 lines = self._folder.read_json(_key(rank))
             except GkdError:

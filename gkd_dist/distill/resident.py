@@ -84,6 +84,9 @@ class Stream(Protocol):
 
     def __next__(self) -> tuple[Position, Batch]: ...
 
+    def take(self, count: int) -> list[Batch]:
+        """The next ``count`` batches."""
+
     def settle(self) -> None:
         """Weighs what was delivered."""
 
@@ -109,6 +112,10 @@ class ResidentStream:
     def __next__(self) -> tuple[Position, Batch]:
         position, _ = next(self._order)
         return position, self._share.batch()
+
+    def take(self, count: int) -> list[Batch]:
+        """The same batch ``count`` times."""
+        return [next(self)[1] for _ in range(count)]
 
     def settle(self) -> None:
         """Nothing is dropped, so nothing has to be weighed."""

@@ -100,7 +100,7 @@ class Trainer:
         wants = teacher_wants(task.losses, task.teacher_layers)
         self.share: ResidentShare | None = None
         self.plan: StreamPlan | WholeGraphPlan
-        graph, knowledge = through_cache(task.graph, task.knowledge, self.config.cache)
+        graph, knowledge = through_cache(task.graph, task.knowledge, self.config.cache, self._data_timeout_s())
         if exchanges(self.config):
             units = shares_of(task.graph, world.world_size)
             self.loader = UnitLoader(graph, knowledge, units, wants, HOPS, task.features)
@@ -202,10 +202,14 @@ class Trainer:
             loader.size_of,
             device=self.world.device,
             extra_of=loader.extra_of,
-            timeout_s=min(config.data_timeout_s, 0.8 * getattr(config, "collective_timeout_s", float("inf"))),
+            timeout_s=self._data_timeout_s(),
             who=f"rank {self.world.rank} of {self.world.world_size}",
             name_of=loader.name_of,
         )
+
+    def _data_timeout_s(self) -> float:
+        """What reading may take: less than the patience of peers, which wait meanwhile."""
+        return min(self.config.data_timeout_s, 0.8 * getattr(self.config, "collective_timeout_s", float("inf")))
 
     def _order(self, start: Position, measure_first: bool) -> Iterator[tuple[Position, int | None]]:
         """Units of this rank: training micro-steps, and a validation pass where one is due."""
@@ -226,7 +230,7 @@ class Trainer:
         started, waited = time.perf_counter(), stream.wait_s
         epoch, step = self.state.position
         self._at("reading")
-        batches = [next(stream)[1] for _ in range(self.micro_steps)]
+        batches = stream.take(self.micro_steps)
         self._at("training")
         self.engine.train(True)
         lr = self.config.lr * lr_factor(self.config.lr_schedule, self.state.global_step, self._total_steps())

@@ -179,20 +179,23 @@ class Objective:
     def check_inert(self, term_grad_norms: Mapping[str, float]) -> list[str]:
         """A message for each distillation term whose gradient is lost beside that of the labels.
 
-        ``term_grad_norms``: norm of each term's gradient by its name, terms that are off left out.
+        Where there are no labels the largest other gradient stands in for theirs. ``term_grad_norms``: norm of each
+        term's gradient by its name, terms that are off left out.
         Each term is named once in the life of this objective.
         """
         terms = {term.name: term for term in self._terms}
-        label = max((norm for name, norm in term_grad_norms.items() if isinstance(terms[name], LabelTerm)), default=0.0)
+        labels = {name: norm for name, norm in term_grad_norms.items() if isinstance(terms[name], LabelTerm)}
+        norms = labels or term_grad_norms
+        largest = max(norms, key=lambda name: norms[name], default="")
         messages = []
         for name, norm in term_grad_norms.items():
-            if isinstance(terms[name], LabelTerm) or name in self._warned or not norm < INERT * label:
+            if isinstance(terms[name], LabelTerm) or name in self._warned or not norm < INERT * norms[largest]:
                 continue
             self._warned.add(name)
             advice = _LSP_ADVICE if isinstance(terms[name], LspTerm) else "raise its weight or remove it"
             messages.append(
-                f"loss {name} is inert: its gradient norm {norm:.3g} is below {INERT:g} of the label term's "
-                f"{label:.3g}; {advice}"
+                f"loss {name} is inert: its gradient norm {norm:.3g} is below {INERT:g} of that of {largest}, "
+                f"{norms[largest]:.3g}; {advice}"
             )
         return messages
 

@@ -154,10 +154,12 @@ class Reader(Generic[Key]):
         self.queued_bytes += slot.size_bytes
         self.changed.notify_all()
 
-    def take(self, timeout_s: float | None, describe: Callable[[Slot[Key]], str]) -> Slot[Key] | None:
+    def take(
+        self, timeout_s: float | None, describe: Callable[[Slot[Key]], str], since: float | None = None
+    ) -> Slot[Key] | None:
         """The next slot in order, its batch loaded or failed; None at the end or when closed.
 
-        Raises `StudentError` where it is not loaded within ``timeout_s``.
+        Raises `StudentError` where it is not loaded within ``timeout_s`` from now, or from ``since`` (monotonic).
         """
         started = time.perf_counter()
         with self.changed:
@@ -166,7 +168,7 @@ class Reader(Generic[Key]):
             slot = self.queue[0] if self.queue else None
         try:
             if slot is not None:
-                await_slot(slot, timeout_s, describe)
+                await_slot(slot, timeout_s, describe, since)
         finally:
             with self.changed:
                 self.stats.wait_s += time.perf_counter() - started
@@ -195,20 +197,24 @@ class Reader(Generic[Key]):
             self.changed.notify_all()
 
 
-def await_slot(slot: Slot[Key], timeout_s: float | None, describe: Callable[[Slot[Key]], str]) -> None:
+def await_slot(
+    slot: Slot[Key], timeout_s: float | None, describe: Callable[[Slot[Key]], str], since: float | None = None
+) -> None:
     """Waits until a slot is loaded or failed, and says so where that takes long."""
-    started = time.monotonic()
-    say_s = _SAY_S if timeout_s is None else min(_SAY_S, timeout_s)
+    now = time.monotonic()
+    left_s = None if timeout_s is None else max(0.0, timeout_s + (now if since is None else since) - now)
+    say_s = _SAY_S if left_s is None else min(_SAY_S, left_s)
     try:
         slot.batch.exception(say_s)
         return
     except TimeoutError:
-        if timeout_s is None or say_s < timeout_s:
+        if left_s is None or say_s < left_s:
             log.warning("%s has taken %.0f s so far", describe(slot), say_s)
     try:
-        slot.batch.exception(None if timeout_s is None else max(0.0, started + timeout_s - time.monotonic()))
+        slot.batch.exception(None if left_s is None else left_s - say_s)
     except TimeoutError as error:
+        within = f"{timeout_s:g} s{'' if since is None else ' of its step'}"
         raise StudentError(
-            f"{describe(slot)} was not read within {timeout_s:g} s; check that the store answers, then run the same "
+            f"{describe(slot)} was not read within {within}; check that the store answers, then run the same "
             "command again, or raise data_timeout_s"
         ) from error

@@ -35,6 +35,7 @@ from gkd_dist.storage.local import LocalBackend
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.02
+_ROOM_S = 5.0  # patience with another process that writes: what was read is not lost
 _CRC_CHUNK_BYTES = 8 << 20
 _FREE_BYTES, _FREE_SHARE = 1 << 30, 0.05  # left to others on the disk: the smaller of both
 
@@ -44,10 +45,10 @@ class NodeCache:
 
     At most ``budget_bytes`` are kept in the folder, the least recently used objects going first, and some of
     the disk is left free. A process waits at most ``lock_timeout_s`` for another one's download and then
-    reads by itself.
+    reads by itself, and some seconds for room, without which it does not keep what it has read.
     """
 
-    def __init__(self, folder: str | Path, budget_bytes: int, lock_timeout_s: float = 300.0) -> None:
+    def __init__(self, folder: str | Path, budget_bytes: int, lock_timeout_s: float = 60.0) -> None:
         self.folder = Path(folder).absolute()
         self.budget_bytes = budget_bytes
         self.lock_timeout_s = lock_timeout_s
@@ -109,8 +110,9 @@ class NodeCache:
 
     def keep(self, entry: ObjectEntry, data: memoryview) -> None:
         """Writes an object, making room for it first; `OSError` where the disk does not take it."""
-        with locked(self.folder / "room.lock", self.lock_timeout_s) as mine:
+        with locked(self.folder / "room.lock", min(_ROOM_S, self.lock_timeout_s)) as mine:
             if not mine:
+                log.info("%s is not kept: another process has been writing for %.0f s", entry.key, _ROOM_S)
                 return
             for name in self.disk.list(str(self.objects), leftovers=True):
                 (self.objects / name).unlink(missing_ok=True)

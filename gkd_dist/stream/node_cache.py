@@ -21,6 +21,7 @@ from gkd_dist.stream.ensemble import Ensemble
 
 log = logging.getLogger(__name__)
 Knowledge = tuple[Storage, Manifest] | Ensemble | None
+LOCK_SHARE = 0.25  # of the time that a unit may take
 _LOCAL = ("file", "memory")
 _IN_MEMORY = ("tmpfs", "ramfs")
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -48,11 +49,17 @@ def stores_of(graph: GraphStore, knowledge: Knowledge) -> list[Storage]:
     return [graph.storage, *(storage for storage, _ in stored)]
 
 
-def through_cache(graph: GraphStore, knowledge: Knowledge, config: CacheConfig) -> tuple[GraphStore, Knowledge]:
-    """The same stores, read through the cache of this machine where there is one."""
+def through_cache(
+    graph: GraphStore, knowledge: Knowledge, config: CacheConfig, timeout_s: float
+) -> tuple[GraphStore, Knowledge]:
+    """The same stores, read through the cache of this machine where there is one.
+
+    ``timeout_s`` bounds the wait for a unit; a wait for another process takes at most `LOCK_SHARE` of it, so that
+    there is time left to read the store.
+    """
     cache: NodeCache | None = None
     if any(is_cached(storage, config) for storage in stores_of(graph, knowledge)):
-        cache = _open(config)
+        cache = _open(config, LOCK_SHARE * timeout_s)
     if cache is None:
         return graph, knowledge
 
@@ -66,14 +73,14 @@ def through_cache(graph: GraphStore, knowledge: Knowledge, config: CacheConfig) 
     return graph, None if knowledge is None else (cached(*knowledge), knowledge[1])
 
 
-def _open(config: CacheConfig) -> NodeCache | None:
+def _open(config: CacheConfig, lock_timeout_s: float) -> NodeCache | None:
     """The cache of this machine; None, with a warning, where its temporary folder is no place for one."""
     if config.folder != "auto":
-        return NodeCache(str(config.folder), config.budget_bytes)
+        return NodeCache(str(config.folder), config.budget_bytes, lock_timeout_s)
     folder = Path(tempfile.gettempdir()) / f"gkd-cache-{os.getuid()}"
     problem = _unfit(folder)
     if problem is None:
-        return NodeCache(folder, config.budget_bytes)
+        return NodeCache(folder, config.budget_bytes, lock_timeout_s)
     log.warning("nothing is cached: %s; set cache.folder to a folder on a disk of every machine, or to null", problem)
     return None
 

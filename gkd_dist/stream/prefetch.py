@@ -32,6 +32,7 @@ from gkd_dist.stream.pinned import pinned
 
 log = logging.getLogger(__name__)
 _JOIN_S = 60.0  # close() waits this long for a load under way; storage requests have shorter limits
+_JOIN_AFTER_ERROR_S = 1.0  # an error has to be told soon: peers wait for this rank, and a load may hang
 
 
 class Prefetcher(Generic[Key]):
@@ -45,8 +46,8 @@ class Prefetcher(Generic[Key]):
     without blocking. Use as a context manager, or call `close`.
 
     Errors of ``load`` and ``order`` are raised by ``next`` at their place; the stream is then closed.
-    So is `StudentError` where a batch does not come within ``timeout_s``; ``who`` waits and ``name_of(key)``
-    say so.
+    So is `StudentError` where a batch, or what `take` asks for, does not come within ``timeout_s``; ``who`` waits
+    and ``name_of(key)`` say so.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Prefetcher(Generic[Key]):
     ) -> None:
         self.device = torch.device(device)
         self._timeout_s, self._who, self._name_of = timeout_s, who, name_of
-        self._stalled = False
+        self._join_s = _JOIN_S
         on_cuda = self.device.type == "cuda"
         make = (lambda key: pinned(load(key))) if on_cuda else load
         self._reader = Reader(make, order, size_of, extra_of, budget_bytes, resident_bytes)
@@ -93,7 +94,15 @@ class Prefetcher(Generic[Key]):
         return self
 
     def __next__(self) -> tuple[Position, Batch]:
-        slot = None if self._reader.closed else self._take()
+        return self._deliver(None)
+
+    def take(self, count: int) -> list[Batch]:
+        """The next ``count`` batches, which share one time-out: peers wait for all of them together."""
+        since = time.monotonic()
+        return [self._deliver(since)[1] for _ in range(count)]
+
+    def _deliver(self, since: float | None) -> tuple[Position, Batch]:
+        slot = None if self._reader.closed else self._take(since)
         if slot is None and self._reader.closed:
             raise RuntimeError("the stream is closed; open a new Prefetcher at the position to go on from")
         if slot is None:
@@ -103,11 +112,11 @@ class Prefetcher(Generic[Key]):
         batch = slot.batch.result()
         return slot.position, batch.to(self.device, non_blocking=True) if self.device.type != "cpu" else batch
 
-    def _take(self) -> Slot[Key] | None:
+    def _take(self, since: float | None) -> Slot[Key] | None:
         try:
-            return self._reader.take(self._timeout_s, self._describe)
+            return self._reader.take(self._timeout_s, self._describe, since)
         except StudentError:
-            self._stalled = True
+            self._join_s = 0.0
             self.close()
             raise
 
@@ -121,14 +130,16 @@ class Prefetcher(Generic[Key]):
     def close(self) -> None:
         """Stops the threads and forgets what was read; safe to call again."""
         self._reader.stop()
-        deadline = time.monotonic() + (0.0 if self._stalled else _JOIN_S)
+        deadline = time.monotonic() + self._join_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        if not self._stalled and any(thread.is_alive() for thread in self._threads):
-            log.warning("still loading %s after %.0f s; leaving it behind", list(self._reader.loading), _JOIN_S)
+        if self._join_s and any(thread.is_alive() for thread in self._threads):
+            log.warning("still loading %s after %.0f s; leaving it behind", list(self._reader.loading), self._join_s)
 
     def __enter__(self) -> Prefetcher[Key]:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if any(exc):
+            self._join_s = min(self._join_s, _JOIN_AFTER_ERROR_S)
         self.close()

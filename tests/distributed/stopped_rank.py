@@ -1,6 +1,7 @@
-"""One rank of a group whose rank 1 is late or never comes: ``python stopped_rank.py late|stopped|asleep``.
+"""One rank of a group whose rank 1 is late or never comes: ``python stopped_rank.py late|stopped|asleep|type``.
 
-``asleep`` is late by more than the silence after which a rank counts as dead.
+``asleep`` is late by more than the silence after which a rank counts as dead; with ``type`` both come, with numbers
+that the backend cannot add.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ def main() -> None:
         if world.rank == 1:
             if sys.argv[1] == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(5 if sys.argv[1] == "asleep" else 2)
+            time.sleep(0 if sys.argv[1] == "type" else 5 if sys.argv[1] == "asleep" else 2)
         try:
-            print(f"sum {float(world.sum(torch.ones(1)))}", end=" ")
+            print(
+                f"sum {float(world.sum(torch.ones(1, dtype=torch.int16 if sys.argv[1] == 'type' else None)))}", end=" "
+            )
         except StudentError as error:
             print(f"error {error}", end=" ")
+        except RuntimeError as error:
+            print(f"other error {error}", end=" ")
         print(f"after {time.monotonic() - started:.1f} s", flush=True)
     os._exit(0)  # the group is broken: its destructor would wait for the stopped rank
 

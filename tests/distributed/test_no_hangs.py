@@ -53,6 +53,12 @@ def test_a_rank_that_sleeps_longer_than_a_dead_one_is_silent_is_waited_for():
     assert 4.5 < seconds(output) < 9
 
 
+def test_an_error_that_is_not_of_the_peers_stays_what_it_is():
+    output = run("type")
+    assert "other error Invalid scalar type" in output, output
+    assert "in vain" not in output
+
+
 # --- training --------------------------------------------------------------------------------
 
 

@@ -314,7 +314,15 @@ def test_inertness_is_relative_to_the_labels() -> None:
     assert objective(*terms).check_inert({"label": 1.0, "kd": 1e-5, "lsp": 2e-6}) == []
     assert len(objective(*terms).check_inert({"label": 1.0, "kd": 0.0, "lsp": 9e-7})) == 2
     assert objective(*terms).check_inert({"kd": 0.0}) == []  # nothing to compare with
+    assert objective(*terms).check_inert({}) == []
     assert objective(*terms).check_inert({"label": 0.0, "kd": 0.0}) == []
+
+
+def test_without_labels_the_largest_other_term_is_the_measure() -> None:
+    goal = objective({"kind": "kd"}, {"kind": "lsp", "sigma": 1.0})
+    (message,) = goal.check_inert({"kd": 2.0, "lsp": 1e-6})
+    assert "loss lsp is inert: its gradient norm 1e-06 is below 1e-06 of that of kd, 2; set sigma" in message
+    assert objective({"kind": "kd"}, {"kind": "lsp", "sigma": 1.0}).check_inert({"kd": 2.0, "lsp": 1e-5}) == []
 
 
 # --- faults -------------------------------------------------------------------------------------------

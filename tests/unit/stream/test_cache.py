@@ -230,6 +230,21 @@ def test_a_stuck_download_of_another_process_is_not_waited_for_forever(
     assert "still being downloaded after" in caplog.text
 
 
+def test_a_process_that_is_stopped_while_it_writes_costs_the_copy_alone(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gkd_dist.stream.cache._ROOM_S", 0.1)
+    storage = node.open(lock_timeout_s=30.0)
+    with locked(storage.cache.folder / "room.lock", 1.0) as mine:
+        assert mine
+        started = time.monotonic()
+        assert_reads(storage, node.entries[0], node.tensors[0])
+        assert time.monotonic() - started < 5
+        assert not storage.cache.path(node.entries[0]).exists()
+    assert_reads(storage, node.entries[0], node.tensors[0])
+    assert storage.cache.path(node.entries[0]).exists()
+
+
 # --- many processes --------------------------------------------------------------------------
 
 

@@ -49,14 +49,14 @@ def test_what_is_cached(url: str, folder: str | None, expected: bool) -> None:
     assert is_cached(store(url).storage, config) is expected
     line = describe_cache([store(url).storage], config)
     assert (line is not None) is expected
-    graph, _ = through_cache(store(url), None, config)
+    graph, _ = through_cache(store(url), None, config, 240.0)
     assert isinstance(graph.storage, CachedStorage) is expected
 
 
 def test_graph_and_knowledge_share_one_cache(tmp_path: Path) -> None:
     remote, local = store("s3://bucket/k").storage, store(str(tmp_path)).storage
     config = CacheConfig(budget_bytes=MIB)
-    graph, knowledge = through_cache(store("s3://bucket/g"), (remote, MANIFEST), config)
+    graph, knowledge = through_cache(store("s3://bucket/g"), (remote, MANIFEST), config, 240.0)
     assert isinstance(knowledge, tuple)
     assert isinstance(graph.storage, CachedStorage)
     assert isinstance(knowledge[0], CachedStorage)
@@ -66,7 +66,7 @@ def test_graph_and_knowledge_share_one_cache(tmp_path: Path) -> None:
     copied = pickle.loads(pickle.dumps((graph, knowledge)))
     assert copied[0].storage.cache is copied[1][0].cache, "a process must say only once that its disk is full"
     ensemble = Ensemble({"a": (remote, MANIFEST), "b": (local, MANIFEST)})
-    _, found = through_cache(store(str(tmp_path)), ensemble, config)
+    _, found = through_cache(store(str(tmp_path)), ensemble, config, 240.0)
     assert isinstance(found, Ensemble)
     assert [type(one) for one, _ in found.stores.values()] == [CachedStorage, Storage]
     assert len(stores_of(graph, ensemble)) == 3
@@ -74,9 +74,16 @@ def test_graph_and_knowledge_share_one_cache(tmp_path: Path) -> None:
 
 def test_what_is_read_through_it_lies_in_the_folder(tmp_path: Path) -> None:
     plain = graph_store(random_graph(), 2, 1, tmp_path / "store")
-    cached, _ = through_cache(plain, None, CacheConfig(folder=str(tmp_path / "cache")))
+    cached, _ = through_cache(plain, None, CacheConfig(folder=str(tmp_path / "cache")), 240.0)
     assert cached.part(0).keys() == plain.part(0).keys()
     assert [path.name for path in (tmp_path / "cache/objects").iterdir()] == [plain.manifest.parts[0].sha256]
+
+
+def test_a_wait_for_another_process_leaves_time_to_read_the_store(tmp_path: Path) -> None:
+    for folder in ("auto", str(tmp_path / "cache")):
+        graph, _ = through_cache(store("s3://bucket/g"), None, CacheConfig(folder=folder), 8.0)
+        assert isinstance(graph.storage, CachedStorage)
+        assert graph.storage.cache.lock_timeout_s == 2.0
 
 
 def test_a_temporary_folder_in_memory_is_no_disk(
@@ -84,7 +91,7 @@ def test_a_temporary_folder_in_memory_is_no_disk(
 ) -> None:
     monkeypatch.setattr("gkd_dist.stream.node_cache.file_system", lambda folder: "tmpfs")
     with caplog.at_level(logging.WARNING):
-        graph, _ = through_cache(store("s3://bucket/g"), None, CacheConfig())
+        graph, _ = through_cache(store("s3://bucket/g"), None, CacheConfig(), 240.0)
     assert not isinstance(graph.storage, CachedStorage)
     assert "lies in memory (tmpfs); set cache.folder" in caplog.text
 
@@ -92,7 +99,7 @@ def test_a_temporary_folder_in_memory_is_no_disk(
 def test_a_folder_of_somebody_else_is_not_trusted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / f"gkd-cache-{os.getuid()}").symlink_to(tmp_path)
     with caplog.at_level(logging.WARNING):
-        graph, _ = through_cache(store("s3://bucket/g"), None, CacheConfig())
+        graph, _ = through_cache(store("s3://bucket/g"), None, CacheConfig(), 240.0)
     assert not isinstance(graph.storage, CachedStorage)
     assert "belongs to somebody else" in caplog.text
 

@@ -222,6 +222,40 @@ def test_a_load_that_stalls_ends_with_a_sentence() -> None:
     release.set()
 
 
+def test_the_batches_of_a_step_share_one_time_out() -> None:
+    """Each comes in time by itself, all of them together do not: peers wait for the whole step."""
+
+    def stream_of(delay_s: float) -> Prefetcher[int]:
+        load = Loader(delay_s=delay_s)
+        return Prefetcher(load, places([0, 1, 2]), 0, 0, lambda unit: SIZE, num_threads=1, timeout_s=1.0)
+
+    with stream_of(0.6) as one_by_one:
+        assert len(list(one_by_one)) == 3
+    with stream_of(0.6) as batches, pytest.raises(StudentError, match=r"step 1 was not read within 1 s of its step;"):
+        batches.take(3)
+    with stream_of(0.0) as batches:
+        assert len(batches.take(2)) == 2
+
+
+def test_an_error_does_not_wait_for_a_load_that_hangs() -> None:
+    release, started = threading.Event(), time.monotonic()
+
+    def load(unit: int) -> Batch:
+        if unit == 1:
+            release.wait(30)
+        return batch_of(unit)
+
+    def diverge() -> None:
+        with Prefetcher(load, places([0, 1]), 1 << 20, 0, lambda unit: SIZE) as batches:
+            next(batches)
+            raise ValueError("diverged")
+
+    with pytest.raises(ValueError, match="diverged"):
+        diverge()
+    assert time.monotonic() - started < 10
+    release.set()
+
+
 def test_a_long_wait_is_said_while_it_lasts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(ahead, "_SAY_S", 0.05)
     with Prefetcher(
