@@ -180,7 +180,7 @@ def with_stand_ins(folder: Path, script: str, **programs: str) -> subprocess.Pop
 
 
 _RANK = """trap 'echo "$RANK keeps a checkpoint"; sleep 1; echo "$RANK ends"; exit 143' TERM
-echo "$RANK trains"; while :; do sleep 0.1; done"""
+echo "$RANK trains"; for i in {1..300}; do sleep 0.1; done"""
 # launchers that a rank outlives: torchrun's gives it half a minute, deepspeed's passes nothing on
 _TORCHRUN = """RANK=0 rank & RANK=1 rank & trap 'kill -KILL $(jobs -p); exit 1' TERM
 wait -n || code=$?; wait; echo "  exitcode  : $code (pid: 7)" >&2; exit 1"""
@@ -208,7 +208,7 @@ def test_sigterm_to_the_script_reaches_the_ranks_and_waits_for_their_checkpoint(
 def test_a_signal_during_a_stage_before_ends_that_and_the_script(
     tmp_path: Path, script: str, signum: signal.Signals, code: int
 ) -> None:
-    stage = "trap 'exit 143' TERM; trap 'exit 130' INT; echo \"$1\"; while :; do sleep 0.1; done"
+    stage = "trap 'exit 143' TERM; trap 'exit 130' INT; echo \"$1\"; for i in {1..300}; do sleep 0.1; done"
     running = with_stand_ins(tmp_path, script, gkd=stage)
     assert running.stdout is not None
     assert running.stdout.readline() == "partition\n"
