@@ -53,7 +53,7 @@ def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[s
     from gkd_dist.telemetry import setup_logging
 
     setup_logging(verbose=getattr(args, "verbose", False))
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         return act()
     except GkdError as error:
@@ -74,6 +74,8 @@ def _guarded(act: Callable[[], int], args: argparse.Namespace, arguments: list[s
         message = f"{type(error).__name__}: {error}"
         print(f"gkd: unexpected error: {message}; run again with --debug for the traceback", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _without_redo(arguments: list[str]) -> list[str]:

@@ -23,12 +23,8 @@ VERBS = ["run", *STAGES, "predict", "verify", "inspect", "config"]
 
 
 def guarded(act: Callable[[], int], *arguments: str, debug: bool = False) -> int:
-    """An action under the guard of `main`; SIGTERM keeps its handler for the other tests."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return cli._guarded(act, argparse.Namespace(debug=debug, verbose=False), list(arguments))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    """An action under the guard of `main`."""
+    return cli._guarded(act, argparse.Namespace(debug=debug, verbose=False), list(arguments))
 
 
 def raiser(error: BaseException) -> Callable[[], int]:
@@ -36,6 +32,13 @@ def raiser(error: BaseException) -> Callable[[], int]:
         raise error
 
     return act
+
+
+def test_sigterm_has_its_own_handler_again_after_a_command() -> None:
+    before, inside = signal.getsignal(signal.SIGTERM), []
+    assert guarded(lambda: inside.append(signal.getsignal(signal.SIGTERM)) or 0) == 0
+    assert inside != [before]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # --- verbs -----------------------------------------------------------------------------------
