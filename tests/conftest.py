@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,12 @@ from object_servers import BUCKET, Server
 
 if TYPE_CHECKING:
     from flow_runs import Job
+
+
+def pytest_configure() -> None:
+    """A shell starts what it sends to the background with SIGINT ignored, and processes of tests would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
