@@ -289,7 +289,7 @@ class TestKinds:
         assert line.startswith("override graph.source.kind=pgy: expected one of pyg, ")
         assert line.endswith('got "pgy"; did you mean pyg?'), expected
         (line,) = problems("losses.0={weight: 2}", text=BASE.replace("{kind: label}", "{}"))
-        assert line == "override losses.0={weight: 2}: losses.0.kind: missing; expected one of label, kd, lsp"
+        assert line == "override losses.0={weight: 2}: losses.0.kind: missing; expected one of label, kd, lsp, fitnet"
 
 
 class TestMissing:
