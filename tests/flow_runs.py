@@ -165,8 +165,8 @@ def results(run: Path) -> dict[str, Any]:
     return {**found, "metrics": models}
 
 
-def flip_byte(file: Path) -> None:
-    """Changes one byte in the middle."""
+def flip_byte(file: Path, at: int | None = None) -> None:
+    """Changes one byte, in the middle unless ``at`` says where."""
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x40
+    data[len(data) // 2 if at is None else at] ^= 0x40
     file.write_bytes(data)
