@@ -21,6 +21,8 @@ from gkd_dist import cli
 from gkd_dist.config import Config
 from gkd_dist.config_file import load_config
 from gkd_dist.driver import Session
+from gkd_dist.shards.manifest import Manifest
+from gkd_dist.storage import Storage
 from gkd_dist.telemetry import Progress
 
 STAGES = ["partition", "teach", "infer", "distill", "evaluate", "export", "report"]
@@ -170,3 +172,11 @@ def flip_byte(file: Path, at: int | None = None) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2 if at is None else at] ^= 0x40
     file.write_bytes(data)
+
+
+def flip_in_tensor(file: Path, kind: str, tensor: str) -> None:
+    """The same in the middle of one tensor of a shard: tensors that nobody asks for are not looked at."""
+    entries = Manifest.load(Storage.open(str(file.parent)), kind).parts
+    entry = next(entry for entry in entries if entry.key == file.name).tensor(tensor)
+    assert entry is not None
+    flip_byte(file, (entry.start + entry.stop) // 2)
