@@ -80,6 +80,11 @@ class TrainConfig(Section):
     log_every: Positive = Field(1, description="optimizer steps between TensorBoard points")
     checkpoint_layers: bool = Field(False, description="compute layers again in backward, to keep their inputs alone")
 
+    @property
+    def reading_timeout_s(self) -> float:
+        """What the units of a step may take."""
+        return self.data_timeout_s
+
 
 class TeacherTrainConfig(TrainConfig):
     """Training of the teacher: one process, the whole graph as one unit unless told otherwise."""
@@ -180,6 +185,11 @@ class DistillConfig(TrainConfig):
     def max_workers(self) -> int:
         """Most workers that train."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def reading_timeout_s(self) -> float:
+        """What the units of a step may take: less than the patience of peers, which wait meanwhile."""
+        return min(self.data_timeout_s, 0.8 * self.collective_timeout_s)
 
     @field_validator("num_workers")
     @classmethod

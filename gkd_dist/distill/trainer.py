@@ -100,7 +100,7 @@ class Trainer:
         wants = teacher_wants(task.losses, task.teacher_layers)
         self.share: ResidentShare | None = None
         self.plan: StreamPlan | WholeGraphPlan
-        graph, knowledge = through_cache(task.graph, task.knowledge, self.config.cache, self._data_timeout_s())
+        graph, knowledge = through_cache(task.graph, task.knowledge, self.config.cache, self.config.reading_timeout_s)
         if exchanges(self.config):
             units = shares_of(task.graph, world.world_size)
             self.loader = UnitLoader(graph, knowledge, units, wants, HOPS, task.features)
@@ -150,7 +150,7 @@ class Trainer:
         if self.state.model:
             model.load_state_dict(self.state.model)
         refuse_untrainable(model)
-        self.sampler = sampler_for(model, getattr(self.config, "fan_out", None))
+        self.sampler = sampler_for(model, self.config.fan_out if isinstance(self.config, DistillConfig) else None)
         student = with_heads(model, heads_of(self.task, model, self.loader), self.task.seed, self.state.heads)
         self.num_head_params = sum(parameter.numel() for parameter in student.heads.parameters())
         empty = self.loader.empty()
@@ -202,14 +202,10 @@ class Trainer:
             loader.size_of,
             device=self.world.device,
             extra_of=loader.extra_of,
-            timeout_s=self._data_timeout_s(),
+            timeout_s=config.reading_timeout_s,
             who=f"rank {self.world.rank} of {self.world.world_size}",
             name_of=loader.name_of,
         )
-
-    def _data_timeout_s(self) -> float:
-        """What reading may take: less than the patience of peers, which wait meanwhile."""
-        return min(self.config.data_timeout_s, 0.8 * getattr(self.config, "collective_timeout_s", float("inf")))
 
     def _order(self, start: Position, measure_first: bool) -> Iterator[tuple[Position, int | None]]:
         """Units of this rank: training micro-steps, and a validation pass where one is due."""

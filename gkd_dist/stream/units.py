@@ -31,7 +31,7 @@ from gkd_dist.topk import concatenate
 EMPTY_UNIT = -1  # `Batch.unit` of an empty batch
 _IN_PLACE_BYTES = 4 << 20  # features from here on are a request of their own, straight into the batch
 _NUM_BUFFERS = 2  # kept for the next reads: as many as threads that read ahead
-_NOT_READ = ("send_part", "send_ptr", "send_rows")  # for inference alone
+_NOT_READ = ("send_part", "send_ptr", "send_rows")  # for inference, and for ranks that exchange halo rows
 _OWNED = ("y", *(f"{split}_mask" for split in SPLITS))
 
 

@@ -71,14 +71,18 @@ def run_group(world_size: int, script: str, *arguments: str, timeout_s: float = 
 class Ranks:
     """Groups of ranks that stay from case to case, one for each world size; see ``ranks.py``.
 
-    ``extensions`` is an empty folder for what torch and DeepSpeed compile.
+    They are started by the first request, and again by the next one after a request that failed.
+    ``extensions`` is a folder, empty at first, for what torch and DeepSpeed compile.
     """
 
     def __init__(self) -> None:
         self.extensions = tempfile.TemporaryDirectory()
+        self._process: subprocess.Popen[str] | None = None
+
+    def _start(self) -> subprocess.Popen[str]:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         env |= {"TORCH_EXTENSIONS_DIR": self.extensions.name}
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.ranks"],
             cwd=ROOT,
             env=env,
@@ -88,20 +92,34 @@ class Ranks:
             start_new_session=True,
         )
 
-    def do(self, timeout_s: float = 180, **request: object) -> str:
-        """Has every rank of ``world_size`` do the request; returns what went wrong, or an empty string."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
-            self.close()
-            return f"no answer after {timeout_s:g} s"
-        return str(json.loads(self._process.stdout.readline()))
+    def do(self, timeout_s: float = 180, **request: object) -> None:
+        """Has every rank of ``world_size`` do the request; fails with what went wrong."""
+        self._process = self._process or self._start()
+        problem = _ask(self._process, timeout_s, request)
+        if problem:
+            self._end()
+        assert not problem, problem
+
+    def _end(self) -> None:
+        """Ends all groups."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
 
     def close(self) -> None:
-        """Ends all groups."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Ends all groups for good."""
+        self._end()
         self.extensions.cleanup()
+
+
+def _ask(process: subprocess.Popen[str], timeout_s: float, request: dict[str, object]) -> str:
+    """What went wrong with a request, or an empty string."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    if not select.select([process.stdout], [], [], timeout_s)[0]:
+        return f"no answer after {timeout_s:g} s"
+    return str(json.loads(process.stdout.readline()))

@@ -7,7 +7,6 @@ step 1; ``fail``: the store refuses the data in the end. Ends as ``gkd`` does: o
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from datetime import timedelta
@@ -16,11 +15,11 @@ from typing import Any
 import torch.distributed as dist
 
 from gkd_dist.distill import trainer
-from gkd_dist.distill.job import TrainJob, run_in_group
-from gkd_dist.errors import GkdError, StorageError
+from gkd_dist.distill.job import TrainJob
+from gkd_dist.errors import StorageError
 from gkd_dist.storage import Storage
 from gkd_dist.world import World
-from tests.distributed.training_rank import config, strike_at
+from tests.distributed.training_rank import config, run_to_the_end, strike_at
 from tests.paced import PacedStorage
 from tests.training import make_task
 
@@ -51,7 +50,7 @@ def shorten_waits() -> None:
 
 
 def main() -> int:
-    """Trains; 0 when the model is written."""
+    """Trains with what the command line says."""
     store, name, how = sys.argv[1:]
     world, storage = World.from_env(), Storage.open(store)
     shorten_waits()
@@ -60,13 +59,7 @@ def main() -> int:
     train = config(1, world.world_size).model_copy(update={"checkpoint_every": 1, "peer_timeout_s": SILENT_S})
     task = make_task(storage, name, train)
     object.__setattr__(task, "output", (Refusing if how == "fail" else PacedStorage).around(task.output, PACE_S))
-    try:
-        run_in_group(TrainJob(storage, (task,), train), world, lambda task: lambda progress: None)
-    except GkdError as error:
-        print(f"gkd: error: {error}", flush=True)
-        os._exit(error.exit_code)
-    print("trained", flush=True)
-    return 0
+    return run_to_the_end(TrainJob(storage, (task,), train), world)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ layers deep and read one. Each mechanism is taken away once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from gkd_dist.distill.job import torch_factory
 from gkd_dist.distill.trainer import Trainer, prepare_process
 from gkd_dist.storage import Storage
 from gkd_dist.world import World
-from tests.distributed.cases import Case, adamw, sgd, uneven_world
+from tests.distributed.cases import Case, adamw, sgd
 from tests.distributed.exchanged import DEPTH, Step, look, whole_batch, whole_graph
 from tests.distributed.groups import Ranks
 
@@ -49,32 +48,9 @@ STEPS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    return uneven_world(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[list[Ranks]]:
-    """A list, so that a group that hangs can be replaced."""
-    started: list[Ranks] = []
-    yield started
-    for one in started:
-        one.close()
-
-
-def do(ranks: list[Ranks], **request: object) -> None:
-    if not ranks:
-        ranks.append(Ranks())
-    problem = ranks[0].do(**request)
-    if problem:
-        ranks.pop().close()
-    assert not problem, problem
-
-
-def measured(ranks: list[Ranks], store: Storage, world_size: int, step: Step, folder: Path) -> dict[str, Any]:
+def measured(ranks: Ranks, store: Storage, world_size: int, step: Step, folder: Path) -> dict[str, Any]:
     out = str(folder / "found")
-    do(ranks, what="measure", world_size=world_size, store=store.url, step=asdict(step), out=out)
+    ranks.do(what="measure", world_size=world_size, store=store.url, step=asdict(step), out=out)
     found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
 
@@ -168,7 +144,7 @@ def reference(references: dict[str, dict[str, Tensor]], store: Storage, case: Ca
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_parameters_agree(ranks, store, references, tmp_path, world_size, stage, case):
     out = str(tmp_path / f"x{world_size}-z{stage}-{case.name}")
-    do(ranks, world_size=world_size, store=store.url, stage=stage, case=asdict(case), out=out)
+    ranks.do(world_size=world_size, store=store.url, stage=stage, case=asdict(case), out=out)
     found = torch.load(out, weights_only=True)
     expected = reference(references, store, case)
     for name, value in expected.items():
@@ -180,7 +156,7 @@ def test_low_precision_is_exchanged_as_it_is(ranks, store, references, tmp_path)
     """bf16 activations and gradients; the reference is in fp32."""
     case = replace(CASES[0], train=CASES[0].train | {"precision": "bf16"})
     out = str(tmp_path / "low")
-    do(ranks, world_size=3, store=store.url, stage=1, case=asdict(case), out=out)
+    ranks.do(world_size=3, store=store.url, stage=1, case=asdict(case), out=out)
     found, expected = torch.load(out, weights_only=True), reference(references, store, CASES[0])
     flat = [torch.cat([state[name].flatten() for name in expected]) for state in (found, expected)]
     assert 0 < float((flat[0] - flat[1]).norm() / flat[1].norm()) < 0.02
@@ -190,8 +166,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(ranks, store, references, tm
     """Five steps on three ranks at stage 2, five more on two at stage 3."""
     case, out = CASES[0], str(tmp_path / "elastic")
     half = replace(case, train=case.train | {"epochs": 5, "checkpoint_every": 5})
-    do(ranks, world_size=3, store=store.url, stage=2, case=asdict(half), out=out)
-    do(ranks, world_size=2, store=store.url, stage=3, case=asdict(case), out=out)
+    ranks.do(world_size=3, store=store.url, stage=2, case=asdict(half), out=out)
+    ranks.do(world_size=2, store=store.url, stage=3, case=asdict(case), out=out)
     found, expected = torch.load(out, weights_only=True), reference(references, store, case)
     for name, value in expected.items():
         assert float((found[name] - value).norm()) <= RELATIVE * max(float(value.norm()), 1e-2), name

@@ -7,7 +7,6 @@ taken away once, to see that the comparison would notice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,7 +32,6 @@ from tests.distributed.cases import (
     adamw,
     is_meaningless,
     sabotaged,
-    uneven_world,
     with_option,
 )
 from tests.distributed.groups import Ranks
@@ -42,20 +40,6 @@ from tests.distributed.ranks import prefixed
 pytestmark = pytest.mark.timeout(240)
 TOLERANCE = 1e-5
 _LR_STEPS = 1e-2  # lr times steps: how far Adam can carry a parameter whose gradient is rounding
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    return uneven_world(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[list[Ranks]]:
-    """A list, so that a group that hangs can be replaced."""
-    started: list[Ranks] = []
-    yield started
-    for one in started:
-        one.close()
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +59,9 @@ def reference(references: dict[str, dict[str, Tensor]], store: Storage, case: Ca
     return references[case.name]
 
 
-def trained(
-    ranks: list[Ranks], store: Storage, world_size: int, stage: int, case: Case, folder: Path
-) -> dict[str, Tensor]:
-    if not ranks:
-        ranks.append(Ranks())
+def trained(ranks: Ranks, store: Storage, world_size: int, stage: int, case: Case, folder: Path) -> dict[str, Tensor]:
     out = folder / f"w{world_size}-z{stage}-{case.name}-{case.sabotage.replace(' ', '-')}"
-    problem = ranks[0].do(world_size=world_size, store=store.url, stage=stage, case=asdict(case), out=str(out))
-    if problem:
-        ranks.pop().close()
-    assert not problem, problem
+    ranks.do(world_size=world_size, store=store.url, stage=stage, case=asdict(case), out=str(out))
     state: dict[str, Tensor] = torch.load(out, weights_only=True)
     return state
 
@@ -173,7 +150,7 @@ def test_bf16_is_close(ranks, store, references, tmp_path, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_nothing_is_compiled(ranks, store, tmp_path, stage):
     trained(ranks, store, 2, stage, CASES["sgd-layer-clipped"], tmp_path)
-    assert list(Path(ranks[0].extensions.name).iterdir()) == []
+    assert list(Path(ranks.extensions.name).iterdir()) == []
 
 
 def test_no_option_is_left_out() -> None:

@@ -59,14 +59,8 @@ def strike_at(how: str, step: int, rank: str) -> None:
     trainer.train_step = struck  # type: ignore[assignment]
 
 
-def main() -> int:
+def run_to_the_end(job: TrainJob, world: World) -> int:
     """Trains; 0 when the model is written."""
-    store, name, stage, *strike = sys.argv[1:]
-    if strike:
-        strike_at(strike[0], int(strike[1]), strike[2] if len(strike) > 2 else "all")
-    world, storage = World.from_env(), Storage.open(store)
-    train = config(int(stage), world.world_size)
-    job = TrainJob(storage, (make_task(storage, name, train),), train)
     try:
         run_in_group(job, world, lambda task: lambda progress: None)
     except GkdError as error:
@@ -74,6 +68,16 @@ def main() -> int:
         os._exit(error.exit_code)
     print("trained", flush=True)
     return 0
+
+
+def main() -> int:
+    """Trains with what the command line says."""
+    store, name, stage, *strike = sys.argv[1:]
+    if strike:
+        strike_at(strike[0], int(strike[1]), strike[2] if len(strike) > 2 else "all")
+    world, storage = World.from_env(), Storage.open(store)
+    train = config(int(stage), world.world_size)
+    return run_to_the_end(TrainJob(storage, (make_task(storage, name, train),), train), world)
 
 
 if __name__ == "__main__":
