@@ -31,8 +31,7 @@ class Notes:
     def clear(self, *matters: str) -> None:
         """Forgets notes; all of them where none is named."""
         for matter in matters or ("failure", "trouble", "alive", "stop"):
-            if self._folder.exists(self._key(matter)):
-                self._folder.delete(self._key(matter))
+            self._folder.delete(self._key(matter))
 
     def _key(self, matter: str) -> str:
         return f"{matter}-{self._of}.json"
@@ -92,10 +91,9 @@ class Notes:
     def tell_trouble(self) -> None:
         """Says why a group is started again."""
         with suppress(StorageError, ValueError):
-            if self._folder.exists(self._key("trouble")):
-                trouble = self._folder.read_json(self._key("trouble"))
-                self.clear("trouble")
-                log.warning("%s; the worker group is started again", trouble.get("message"))
+            trouble = self._folder.read_json(self._key("trouble"))
+            self.clear("trouble")
+            log.warning("%s; the worker group is started again", trouble.get("message"))
 
     def sign(self) -> str:
         """The last sign of life of rank 0; empty before the first."""

@@ -38,7 +38,6 @@ from gkd_dist.errors import (
     StudentError,
     TerminatedError,
 )
-from gkd_dist.storage import Storage
 from gkd_dist.world import World, is_of_peers
 
 log = logging.getLogger(__name__)
@@ -260,11 +259,6 @@ def _is_preempted() -> bool:
         return False
 
 
-def _delete(folder: Storage, key: str) -> None:
-    if folder.exists(key):
-        folder.delete(key)
-
-
 def _translate(error: Exception, max_failures: int) -> StudentError:
     """One sentence from Ray Train's report of what the workers died of."""
     failures = getattr(error, "worker_failures", None) or {}
@@ -306,7 +300,7 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], aske
                     on_progress(progress)
 
     for task in job.tasks:
-        _delete(task.output, PROGRESS)
+        task.output.delete(PROGRESS)
     warnings.clear()
     thread = threading.Thread(target=follow, name="gkd-follow", daemon=True)
     thread.start()
@@ -319,7 +313,7 @@ def _following(job: TrainJob, on_progress: Callable[[TrainProgress], None], aske
             warnings.say(everyone=True)
             warnings.clear()
             for task in job.tasks:
-                _delete(task.output, PROGRESS)
+                task.output.delete(PROGRESS)
 
 
 def _wanted(job: TrainJob) -> str:
